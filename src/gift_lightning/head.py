@@ -1,0 +1,421 @@
+"""The fused head: any target's loss from hidden states, without keeping a [tokens, vocab] tensor.
+
+For each chunk of supervised tokens the head projects the student's hidden states (and the
+reference's), evaluates the target in closed form and turns the logit gradient at once into
+gradients of the hidden states and of the head, accumulated in float32. One step therefore costs
+three head matmuls, one more where the target reads a reference, and recomputes nothing; targets
+that look ahead over whole sequences (`Target.ahead_reads`) pay one more projection for each
+distribution they read ahead.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from gift_lightning.functional import IGNORED, _math_dtype
+from gift_lightning.target import (
+    Distribution,
+    Evaluation,
+    LabelView,
+    Target,
+    Tokens,
+    evaluate,
+)
+
+_VOCABULARY_BLOCK = 8192  # rows of a half-precision head that are widened at a time
+
+
+@dataclass(frozen=True)
+class Head:
+    """logits = cap · tanh(scale · (hidden @ weight.T + bias) / cap), or without the cap."""
+
+    weight: Float[Tensor, "v d"]
+    bias: Float[Tensor, " v"] | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def project(self, hidden: Float[Tensor, "n d"], out: Tensor | None = None) -> Tensor:
+        """[n, v] logits in float32 or better, written to `out` where given."""
+        logits = _matmul_nt(hidden, self.weight, out)
+        if self.bias is not None:
+            logits += self.bias
+        if self.scale != 1.0:
+            logits *= self.scale
+        if self.softcap is not None:
+            logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits
+
+    def backproject(self, logits: Tensor, gradient: Tensor) -> Tensor:
+        """Turns ∂/∂logits into ∂/∂(hidden @ weight.T), in place; destroys `logits`."""
+        if self.softcap is not None:
+            gradient.mul_(logits.div_(self.softcap).square_().neg_().add_(1.0))
+        return gradient if self.scale == 1.0 else gradient.mul_(self.scale)
+
+
+class ReferenceRows(Protocol):
+    """The reference's distribution for the supervised tokens of one micro-batch, made on demand."""
+
+    @property
+    def logp_y(self) -> Float[Tensor, " n"] | None:
+        """Label log-probabilities, where they are known without the rows."""
+
+    def logits(self, rows: slice, out: Tensor | None = None) -> Float[Tensor, "c v"]:
+        """Unnormalised log-probabilities of some tokens; may be written to `out`."""
+
+
+@dataclass(frozen=True)
+class ProjectedRows:
+    """A reference given by its hidden states [n, d'] at the supervised tokens, and its head."""
+
+    hidden: Float[Tensor, "n d"]
+    head: Head
+    logp_y: Float[Tensor, " n"] | None = None
+
+    def logits(self, rows: slice, out: Tensor | None = None) -> Float[Tensor, "c v"]:
+        return self.head.project(self.hidden[rows], out)
+
+
+def fused_token_loss(
+    hidden: Float[Tensor, "n d"],
+    weight: Float[Tensor, "v d"],
+    labels: Int[Tensor, " n"],
+    target: Target,
+    *,
+    reference_hidden: Float[Tensor, "n e"] | None = None,
+    reference_weight: Float[Tensor, "v e"] | None = None,
+    bias: Float[Tensor, " v"] | None = None,
+    reference_bias: Float[Tensor, " v"] | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    old_logp: Float[Tensor, " n"] | None = None,
+    sequence_ids: Int[Tensor, " n"] | None = None,
+    token_weight: Float[Tensor, " n"] | None = None,
+    chunk_size: int | None = None,
+) -> Float[Tensor, " n"]:
+    """Per-token loss of a target from hidden states, differentiable in hidden, weight and bias.
+
+    Equal to `functional.token_loss` of the logits, in value and gradient. The gradient is made in
+    the forward pass for a loss that weighs all tokens alike (a sum or a mean of the result); any
+    other upstream gradient is right too, but recomputes the logits: give such weights as
+    `token_weight`.
+
+    Args:
+        hidden: final hidden states; row i predicts labels[i]. Shifting is the caller's.
+        weight: of the language-model head, tied or not; no gradient is made if it is frozen.
+        labels: -100 where a token is not supervised; such tokens are never projected.
+        target: the method.
+        reference_hidden: the reference's final hidden states, where the target reads one.
+        reference_weight: the reference's head; by default the student's.
+        bias: of the head, likewise `reference_bias`.
+        logit_scale: factor on the logits of student and reference.
+        softcap: cap·tanh(logits/cap), of student and reference.
+        old_logp: the old policy's label log-probabilities (PSFT).
+        sequence_ids: which sequence each token belongs to; one sequence if not given.
+        token_weight: factor on each token's loss.
+        chunk_size: tokens projected at a time; by default about 2²⁵ logits.
+
+    Raises:
+        ValueError: if the target reads something that was not given, or shapes do not fit.
+    """
+    kept = (labels != IGNORED).nonzero()[:, 0]
+    head = Head(weight, bias, logit_scale, softcap)
+    reference = None
+    if reference_hidden is not None:
+        if reference_weight is None:
+            reference_weight, reference_bias = weight, bias
+        if reference_weight.shape[0] != weight.shape[0]:
+            raise ValueError(
+                f"the reference's vocabulary has {reference_weight.shape[0]} entries, the "
+                f"student's {weight.shape[0]}: they need the same tokenizer and head size."
+            )
+        detached = None if reference_bias is None else reference_bias.detach()
+        reference_head = Head(reference_weight.detach(), detached, logit_scale, softcap)
+        reference = ProjectedRows(reference_hidden.detach()[kept], reference_head)
+
+    def at_kept(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x[kept]
+
+    loss, _ = head_loss(
+        hidden[kept],
+        head,
+        labels[kept],
+        target,
+        reference=reference,
+        old_logp=at_kept(old_logp),
+        sequence_ids=at_kept(sequence_ids),
+        token_weight=at_kept(token_weight),
+        chunk_size=chunk_size,
+    )
+    return loss.new_zeros(labels.shape).index_put((kept,), loss)
+
+
+def head_loss(
+    hidden: Float[Tensor, "n d"],
+    head: Head,
+    labels: Int[Tensor, " n"],
+    target: Target,
+    *,
+    reference: ReferenceRows | None = None,
+    old_logp: Float[Tensor, " n"] | None = None,
+    sequence_ids: Int[Tensor, " n"] | None = None,
+    token_weight: Float[Tensor, " n"] | None = None,
+    chunk_size: int | None = None,
+    diagnose: bool = False,
+) -> tuple[Float[Tensor, " n"], Evaluation]:
+    """`fused_token_loss` for tokens that are all supervised, with the diagnostics of `evaluate`.
+
+    Args:
+        hidden: [n, d]; n may be 0, which gives an empty loss connected to the graph.
+        head: the student's.
+        labels: [n], every one a vocabulary entry.
+        target: the method.
+        reference: of the same n tokens.
+        old_logp, sequence_ids, token_weight, chunk_size: as in `fused_token_loss`.
+        diagnose: whether entropy and divergences are wanted.
+    """
+    target.check(reference=reference is not None, old_policy=old_logp is not None)
+    if sequence_ids is None:
+        sequence_ids = torch.zeros_like(labels)
+    if chunk_size is None:
+        chunk_size = max(64, -(-(2**25 // head.weight.shape[0]) // 64) * 64)
+    job = _Job(
+        head, labels, target, reference, old_logp, sequence_ids, token_weight, chunk_size, diagnose
+    )
+    bias = head.bias if head.bias is not None else hidden.new_zeros(0)
+    outputs = _FusedLoss.apply(hidden, head.weight, bias, job, torch.is_grad_enabled())
+    loss, rest = outputs[0], list(outputs[1:])
+    stats = Evaluation(rest[0], None, *rest[1:5])
+    if diagnose:
+        stats.entropy, stats.kl_target = rest[5], rest[6]
+        stats.kl_reference = rest[7] if reference is not None else None
+    return loss, stats
+
+
+@dataclass
+class _Job:
+    """What a pass over the chunks needs besides the differentiable tensors."""
+
+    head: Head
+    labels: Tensor
+    target: Target
+    reference: ReferenceRows | None
+    old_logp: Tensor | None
+    sequence_ids: Tensor
+    token_weight: Tensor | None
+    chunk_size: int
+    diagnose: bool
+
+
+@dataclass
+class _Pass:
+    """Results of one pass over all chunks."""
+
+    stats: list[Tensor]
+    d_hidden: Tensor | None = None
+    d_weight: Tensor | None = None
+    d_bias: Tensor | None = None
+
+
+class _Buffers:
+    """Memory for the logits and probabilities of one chunk, used again by the next."""
+
+    def __init__(self, hidden: Tensor, num_classes: int, chunk: int) -> None:
+        self._new = lambda: hidden.new_empty((chunk, num_classes), dtype=_math_dtype(hidden))
+        self._tensors: dict[str, Tensor] = {}
+
+    def get(self, name: str, num_rows: int) -> Tensor:
+        if name not in self._tensors:
+            self._tensors[name] = self._new()
+        return self._tensors[name][:num_rows]
+
+
+def _chunks(n: int, size: int) -> Iterator[slice]:
+    return (slice(i, min(i + size, n)) for i in range(0, n, size))
+
+
+def _run(hidden: Tensor, job: _Job, needs: tuple[bool, bool, bool]) -> _Pass:
+    """Evaluates all chunks; `needs` says for which of hidden, weight, bias gradients are wanted."""
+    head, n = job.head, len(job.labels)
+    wide = _math_dtype(hidden)
+    buffers = _Buffers(hidden, head.weight.shape[0], min(n, job.chunk_size))
+    known = None if job.reference is None else job.reference.logp_y
+    ahead = _look_ahead(hidden, job, buffers)
+    num_stats = 8 if job.diagnose else 5
+    out = _Pass([torch.zeros(n, dtype=wide, device=hidden.device) for _ in range(num_stats)])
+    if needs[0]:
+        out.d_hidden = torch.zeros(hidden.shape, dtype=wide, device=hidden.device)
+    if needs[1]:
+        out.d_weight = torch.zeros(head.weight.shape, dtype=wide, device=hidden.device)
+    if needs[2]:
+        out.d_bias = torch.zeros(head.weight.shape[0], dtype=wide, device=hidden.device)
+    for rows in _chunks(n, job.chunk_size):
+        h, y = hidden[rows], job.labels[rows]
+        logits = head.project(h, buffers.get("logits", len(y)))
+        t = Tokens(
+            logits,
+            y,
+            reference=_reference(job, rows, known, buffers),
+            old_logp=None if job.old_logp is None else job.old_logp[rows].to(wide),
+            ahead=None if ahead is None else ahead[rows],
+            buffer=buffers.get("p", len(y)),
+        )
+        result = evaluate(job.target, t, gradient=any(needs), diagnose=job.diagnose)
+        for kept, new in zip(out.stats, _stats(result), strict=True):
+            if new is not None:
+                kept[rows] = new
+        if result.gradient is not None:
+            g = head.backproject(logits, result.gradient)
+            if job.token_weight is not None:
+                g.mul_(job.token_weight[rows].to(wide)[:, None])
+            if out.d_hidden is not None:
+                out.d_hidden[rows] = _matmul_nn(g, head.weight, h.dtype)
+            if out.d_weight is not None:
+                _add_matmul_tn(out.d_weight, g, h)
+            if out.d_bias is not None:
+                out.d_bias += g.sum(0)
+    return out
+
+
+def _stats(r: Evaluation) -> list[Tensor | None]:
+    basic: list[Tensor | None] = [r.value, r.gamma, r.label_mass, r.nll, r.correct]
+    return basic if r.entropy is None else [*basic, r.entropy, r.kl_target, r.kl_reference]
+
+
+def _reference(
+    job: _Job, rows: slice, known: Tensor | None, buffers: _Buffers
+) -> Distribution | None:
+    reference = job.reference
+    if reference is None:
+        return None
+    count = rows.stop - rows.start
+    return Distribution(
+        lambda: reference.logits(rows, buffers.get("reference_logits", count)),
+        job.labels[rows],
+        None if known is None else known[rows],
+        buffers.get("reference_p", count),
+    )
+
+
+def _look_ahead(hidden: Tensor, job: _Job, buffers: _Buffers) -> Tensor | None:
+    reads = job.target.ahead_reads
+    if not reads:
+        return None
+    student = reference = None
+    if "student" in reads:
+        student = torch.zeros(len(job.labels), dtype=_math_dtype(hidden), device=hidden.device)
+    if "reference" in reads:
+        assert job.reference is not None, "guarded by Target.check"
+        known = job.reference.logp_y
+        reference = torch.zeros_like(job.labels, dtype=_math_dtype(hidden))
+    for rows in _chunks(len(job.labels), job.chunk_size):
+        y = job.labels[rows]
+        if student is not None:
+            z = job.head.project(hidden[rows], buffers.get("logits", len(y)))
+            student[rows] = Distribution(z, y, buffer=buffers.get("p", len(y))).logp_y
+        if reference is not None:
+            base = _reference(job, rows, known, buffers)
+            assert base is not None
+            reference[rows] = base.logp_y
+    return job.target.look_ahead(LabelView(student, reference, job.sequence_ids))
+
+
+class _FusedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, job: _Job, with_grad: bool
+    ) -> tuple[Tensor, ...]:
+        needs = tuple(with_grad and need for need in ctx.needs_input_grad[:3])
+        with torch.autocast(hidden.device.type, enabled=False):
+            result = _run(hidden, job, needs)  # type: ignore[arg-type]
+        loss = result.stats[0]
+        if job.token_weight is not None:
+            loss = loss * job.token_weight
+        elif loss is result.stats[0]:
+            loss = loss.clone()
+        ctx.save_for_backward(hidden, weight, bias)
+        ctx.job, ctx.needs, ctx.made = job, needs, result
+        ctx.mark_non_differentiable(*result.stats)
+        return (loss, *result.stats)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias = ctx.saved_tensors
+        made, ctx.made = ctx.made, None
+        if made is None or not _is_uniform(upstream):
+            # Weights that the forward pass did not know, or a second backward pass: once more.
+            job = ctx.job
+            known = upstream if job.token_weight is None else upstream * job.token_weight
+            again = _Job(**{**vars(job), "token_weight": known, "diagnose": False})
+            with torch.autocast(hidden.device.type, enabled=False):
+                made = _run(hidden, again, ctx.needs)
+            factor = None
+        else:
+            factor = upstream[0] if len(upstream) else upstream.new_zeros(())
+
+        def scaled(gradient: Tensor | None, like: Tensor) -> Tensor | None:
+            if gradient is None:
+                return None
+            return (gradient if factor is None else gradient.mul_(factor)).to(like.dtype)
+
+        return (
+            scaled(made.d_hidden, hidden),
+            scaled(made.d_weight, weight),
+            scaled(made.d_bias, bias),
+            None,
+            None,
+        )
+
+
+def _is_uniform(upstream: Tensor) -> bool:
+    if len(upstream) < 2 or upstream.stride(0) == 0:  # what sum() and mean() send
+        return True
+    return bool((upstream == upstream[0]).all())
+
+
+def _fused_half(a: Tensor, b: Tensor) -> bool:
+    """Whether the device multiplies half-precision matrices into float32 by itself."""
+    return a.is_cuda and a.dtype == b.dtype and a.dtype in (torch.bfloat16, torch.float16)
+
+
+def _blocks(weight: Tensor) -> Iterator[slice]:
+    return _chunks(len(weight), _VOCABULARY_BLOCK)
+
+
+def _matmul_nt(hidden: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
+    """hidden @ weight.T in float32 or better, however narrow the inputs."""
+    wide = _math_dtype(hidden)
+    if _fused_half(hidden, weight):
+        return torch.mm(hidden, weight.t(), out_dtype=wide)
+    hidden = hidden.to(wide)
+    if weight.dtype == wide:
+        return torch.mm(hidden, weight.t(), out=out)
+    if out is None:
+        out = hidden.new_empty(len(hidden), len(weight))
+    for block in _blocks(weight):
+        out[:, block] = hidden @ weight[block].to(wide).t()
+    return out
+
+
+def _matmul_nn(g: Tensor, weight: Tensor, hidden_dtype: torch.dtype) -> Tensor:
+    """g @ weight in g's dtype."""
+    if g.is_cuda and weight.dtype == hidden_dtype != g.dtype:
+        return torch.mm(g.to(weight.dtype), weight, out_dtype=g.dtype)
+    if weight.dtype == g.dtype:
+        return g @ weight
+    out = g.new_zeros(len(g), weight.shape[1])
+    for block in _blocks(weight):
+        out.addmm_(g[:, block], weight[block].to(g.dtype))
+    return out
+
+
+def _add_matmul_tn(total: Tensor, g: Tensor, hidden: Tensor) -> None:
+    """total += g.T @ hidden, accumulated in float32 or better."""
+    if g.is_cuda and hidden.dtype != g.dtype:
+        torch.addmm(total, g.to(hidden.dtype).t(), hidden, out_dtype=g.dtype, out=total)
+    else:
+        total.addmm_(g.t(), hidden.to(g.dtype))
