@@ -95,7 +95,7 @@ class Distribution:
         return rows.gather(-1, self.labels[:, None])[:, 0]
 
     def cross_entropy(self, q: Float[Tensor, "#n #v"]) -> Float[Tensor, " n"]:
-        """−Σ_k q_k log p_k in nats for q that sums to 1; one column means the same q_k for all k."""
+        """−Σ_k q_k log p_k in nats, Σ q = 1; a q of one column is the same for all k."""
         z = self.logits if self.absent is None else self.logits.masked_fill(self.absent, 0.0)
         dot = (q[:, 0] * z.sum(-1)) if q.shape[-1] == 1 else row_dot(q, z)
         return self.lse - dot
@@ -221,8 +221,13 @@ class Target(ABC):
         """What must be known of whole sequences before their first token; arrives as `t.ahead`."""
         raise NotImplementedError
 
-    def resolve(self, reference_logp_y: Float[Tensor, " n"]) -> "Target":
-        """The target with what depends on the data filled in (GIFT's β from its `trust`)."""
+    def resolve(self, reference_logp_y: Float[Tensor, " n"], num_classes: int) -> "Target":
+        """The target with what depends on the data filled in (GIFT's β from its `trust`).
+
+        Args:
+            reference_logp_y: [n] the reference's label log-probabilities on the training data.
+            num_classes: vocabulary size.
+        """
         return self
 
     @property
@@ -244,11 +249,6 @@ class Target(ABC):
         if self.needs_old_policy and not old_policy:
             raise ValueError(
                 f"target {name} needs the old policy's label log-probabilities: pass old_logp."
-            )
-        if not self.is_resolved:
-            raise ValueError(
-                f"target {name} has an option that is found from the data before training: "
-                "train with it, or call target.resolve(reference_logp_y) first."
             )
 
 
@@ -289,6 +289,11 @@ def evaluate(
         gradient: whether ∂value/∂logits is wanted.
         diagnose: whether entropy and divergences are wanted (one more pass over [n, v] each).
     """
+    if not target.is_resolved:
+        raise ValueError(
+            f"target {type(target).__name__} has an option that is found from the data before "
+            "training: train with it, or call target.resolve(reference_logp_y) first."
+        )
     gamma, rest = _label_weight(target, t)
     declared_scale = target.scale(t)
     scale = _per_token(declared_scale, t)

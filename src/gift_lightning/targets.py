@@ -162,12 +162,12 @@ class GIFT(_FromReference):
     def is_resolved(self) -> bool:
         return self.trust is None
 
-    def resolve(self, reference_logp_y: Float[Tensor, " n"], num_classes: int = 0) -> Target:
+    def resolve(self, reference_logp_y: Float[Tensor, " n"], num_classes: int) -> Target:
         """The GIFT whose mean label mass on these tokens is `trust`.
 
         Args:
             reference_logp_y: [n] the reference's label log-probabilities on the training data.
-            num_classes: vocabulary size, read with smoothing or floor.
+            num_classes: vocabulary size, used with smoothing or floor.
 
         Raises:
             ValueError: if no β has this mean label mass.

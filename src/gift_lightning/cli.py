@@ -1,0 +1,102 @@
+"""`gift`: LightningCLI over every stage, with a folder for each run and one-sentence errors."""
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+from jsonargparse import set_parsing_settings
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger
+
+from gift_lightning import countdown, data, evaluation, models, references, sft, targets
+from gift_lightning.module import PolicyModule
+from gift_lightning.run import ExportHF, Report, SaveConfig, fresh_folder
+
+# What a config may name without its module: every class in these is imported here.
+__all__ = ["countdown", "data", "evaluation", "models", "references", "sft", "targets"]
+
+_DEFAULTS: dict[str, Any] = {
+    "max_epochs": 1,
+    "default_root_dir": "runs/gift",
+    "gradient_clip_val": 1.0,
+    "log_every_n_steps": 10,
+    "num_sanity_val_steps": -1,  # a whole validation before training: step 0 of every curve
+    "use_distributed_sampler": False,  # the data modules deal samples to devices themselves
+}
+
+
+class GiftCLI(LightningCLI):
+    """LightningCLI whose flags mean what they say, also when a checkpoint is resumed."""
+
+    def __init__(self, args: Sequence[str] | None = None, run: bool = True) -> None:
+        super().__init__(
+            PolicyModule,
+            pl.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            save_config_callback=SaveConfig,
+            seed_everything_default=0,
+            trainer_defaults=_DEFAULTS,
+            parser_kwargs={"prog": "gift"},
+            args=list(args) if args is not None else None,
+            run=run,
+        )
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: Lightning would merge a checkpoint's hyper-parameters over the flags."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        pass
+
+    def before_instantiate_classes(self) -> None:
+        if self.subcommand == "fit":
+            trainer = self.config[self.subcommand].trainer
+            trainer.default_root_dir = str(fresh_folder(trainer.default_root_dir))
+
+    def _instantiate_trainer(
+        self, config: dict[str, Any], callbacks: list[pl.Callback]
+    ) -> pl.Trainer:
+        config = dict(config)
+        root = config["default_root_dir"]
+        given = config.get("callbacks") or []
+        mine = [*given] if isinstance(given, list) else [given]
+        if self.subcommand == "fit":
+            if config.get("logger") in (None, True):
+                config["logger"] = CSVLogger(root, name="", version="")
+            if not any(isinstance(c, ModelCheckpoint) for c in mine):
+                mine.append(ModelCheckpoint(f"{root}/checkpoints", save_last="link"))
+            if config.get("enable_progress_bar") in (None, True):
+                mine.append(RichProgressBar(leave=False))
+            mine += [ExportHF(), Report()]
+        elif config.get("logger") is None:
+            config["logger"] = False
+        config["callbacks"] = mine
+        return super()._instantiate_trainer(config, callbacks)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Entry point of the `gift` command.
+
+    An error that this package raises itself is one sentence and exit code 1; anything else is a
+    defect and keeps its traceback.
+    """
+    sys.path.insert(0, os.getcwd())  # a target in the user's own file: --model.target mine.Mine
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    try:
+        GiftCLI(args)
+    except Exception as error:
+        if isinstance(error, ValueError | RuntimeError) and _is_ours(error):
+            print(f"gift: error: {error}", file=sys.stderr)
+            sys.exit(1)
+        raise
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether the innermost frame that raised is this package's."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return bool(frames) and frames[-1][0].f_globals.get("__name__", "").startswith("gift_lightning")

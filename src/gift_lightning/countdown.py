@@ -1,0 +1,402 @@
+"""Countdown: reach a target with every given number used exactly once, by ``+``, ``-`` and ``*``.
+
+A problem is one line, ``3 5 7 2 > 24 : ``, and a completion is an answer in one of `FORMATS`. Most
+problems have many right answers, so a one-hot target teaches something false about them: the
+natural place to look at target distributions. Everything here is a pure function of its arguments;
+nothing is read from disk, and text is parsed by hand, never evaluated.
+"""
+
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import combinations, combinations_with_replacement
+from typing import Literal
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from gift_lightning.data import SFTData
+from gift_lightning.order import keyed_seed
+from gift_lightning.records import Record, Rejected
+
+Split = Literal["train", "demonstration", "validation", "test"]
+Kind = Literal["any", "in", "out"]
+Tree = int | tuple[str, "Tree", "Tree"]
+
+COUNT = 4  # numbers in a problem
+LARGEST = 9  # numbers are 1 to LARGEST
+TARGETS = range(100)
+OPERATORS = "+-*"
+FORMATS = ("= {}", "answer: {}", "<a>{}</a>", "{} = {target}")
+CHARACTERS = " 0123456789+-*/()=<>:.,?answer"
+
+_COUNTS = (
+    2,
+    3,
+    COUNT,
+    COUNT,
+)  # pretraining also shows shorter problems, where arithmetic is learned sooner
+_MAX_CHARACTERS = 128  # a longer completion is wrong without being read
+_MAX_DEPTH = 16
+_SHARES: dict[Split, int] = {
+    "train": 50,
+    "demonstration": 25,
+    "validation": 15,
+    "test": 10,
+}  # percent of the problems
+_KINDS: tuple[Kind, ...] = ("in", "out")
+_EXPRESSION = r"([0-9+\-*() ]{1,128})"
+_ANSWERS = tuple(
+    re.compile(form.format(_EXPRESSION), re.ASCII)
+    for form in ("(?:= *)?{}", "answer: *{}", "<a>{}</a>", r"{}= *([0-9]{{1,9}})")
+)
+_TOKEN = re.compile(r" *(0|[1-9][0-9]{0,8}|[-+*()])", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The numbers, in the order in which the prompt shows them, and the value to reach."""
+
+    numbers: tuple[int, ...]
+    target: int
+
+    @property
+    def prompt(self) -> str:
+        return f"{' '.join(map(str, self.numbers))} > {self.target} : "
+
+    def verify(self, text: str) -> bool:
+        return verify(text, self.numbers, self.target)
+
+
+# Verifying
+
+
+def verify(text: str, numbers: Iterable[int], target: int) -> bool:
+    """Whether `text` is one answer in a known format that uses each number once and has the value
+    `target`.
+
+    The whole completion must be the answer (spaces around it apart): a second answer, an echo of
+    the prompt or a remark makes it wrong. There is no unary sign, no division, no power, and only
+    ASCII digits count. Never raises.
+    """
+    if len(text) > _MAX_CHARACTERS:
+        return False
+    text = text.strip(" \n")
+    for pattern in _ANSWERS:
+        if match := pattern.fullmatch(text):
+            expression, *stated = match.groups()
+            parsed = parse(expression)
+            # "{} = {target}" must also state the value it claims
+            return (
+                parsed is not None
+                and parsed[0] == target
+                and all(int(value) == target for value in stated)
+                and Counter(parsed[1]) == Counter(numbers)
+            )
+    return False
+
+
+def parse(expression: str) -> tuple[int, list[int]] | None:
+    """Value and numbers (in order) of an expression; None if malformed or nested too deep."""
+    tokens, end = [], 0
+    expression = expression.rstrip(" ")
+    while match := _TOKEN.match(expression, end):
+        tokens.append(match[1])
+        end = match.end()
+    if end != len(expression):
+        return None
+    tokens.append("")  # sentinel: there is always a next token to look at
+    used: list[int] = []
+    try:
+        value, at = _sum(tokens, 0, 0, used)
+    except SyntaxError:
+        return None
+    return (value, used) if at == len(tokens) - 1 else None
+
+
+def _sum(tokens: list[str], at: int, depth: int, used: list[int]) -> tuple[int, int]:
+    value, at = _product(tokens, at, depth, used)
+    while (operator := tokens[at]) in ("+", "-"):
+        term, at = _product(tokens, at + 1, depth, used)
+        value = value + term if operator == "+" else value - term
+    return value, at
+
+
+def _product(tokens: list[str], at: int, depth: int, used: list[int]) -> tuple[int, int]:
+    value, at = _factor(tokens, at, depth, used)
+    while tokens[at] == "*":
+        factor, at = _factor(tokens, at + 1, depth, used)
+        value *= factor
+    return value, at
+
+
+def _factor(tokens: list[str], at: int, depth: int, used: list[int]) -> tuple[int, int]:
+    if tokens[at].isdecimal():
+        used.append(int(tokens[at]))
+        return used[-1], at + 1
+    if tokens[at] != "(" or depth == _MAX_DEPTH:
+        raise SyntaxError
+    value, at = _sum(tokens, at + 1, depth + 1, used)
+    if tokens[at] != ")":
+        raise SyntaxError
+    return value, at + 1
+
+
+# Solving
+
+
+@cache
+def _halves(numbers: tuple[int, ...]) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
+    """All ordered ways to part sorted numbers into two non-empty sorted groups."""
+    places = range(len(numbers))
+    found = set()
+    for size in range(1, len(numbers)):
+        for left in combinations(places, size):
+            right = tuple(numbers[i] for i in places if i not in left)
+            found.add((tuple(numbers[i] for i in left), right))
+    return tuple(sorted(found))
+
+
+@cache
+def _reachable(numbers: tuple[int, ...], operators: str) -> frozenset[int]:
+    if len(numbers) == 1:
+        return frozenset(numbers)
+    values: set[int] = set()
+    for left, right in _halves(numbers):
+        for a in _reachable(left, operators):
+            for b in _reachable(right, operators):
+                values.update(_apply(operator, a, b) for operator in operators)
+    return frozenset(values)
+
+
+def _apply(operator: str, a: int, b: int) -> int:
+    return a + b if operator == "+" else a - b if operator == "-" else a * b
+
+
+def reachable(numbers: Iterable[int], operators: str = OPERATORS) -> frozenset[int]:
+    """All values that expressions using each number once can have."""
+    return _reachable(tuple(sorted(numbers)), operators)
+
+
+def solutions(numbers: Iterable[int], target: int, operators: str = OPERATORS) -> list[str]:
+    """All right expressions, sorted, without needless parentheses or spaces."""
+    return sorted({render(tree) for tree in _trees(tuple(sorted(numbers)), target, operators)})
+
+
+def _trees(numbers: tuple[int, ...], target: int, operators: str) -> Iterator[Tree]:
+    if target not in _reachable(numbers, operators):
+        return
+    if len(numbers) == 1:
+        yield numbers[0]
+    for left, right in _halves(numbers):
+        for operator in operators:
+            for a in _reachable(left, operators):
+                for b in _reachable(right, operators):
+                    if _apply(operator, a, b) == target:
+                        for one in _trees(left, a, operators):
+                            for other in _trees(right, b, operators):
+                                yield operator, one, other
+
+
+def needed(numbers: Iterable[int], target: int) -> frozenset[str] | None:
+    """The operators that occur in every solution; None where there is no solution."""
+    found = [frozenset(solution) for solution in solutions(numbers, target)]
+    return frozenset(OPERATORS).intersection(*found) if found else None
+
+
+def render(tree: Tree, every: bool = False) -> str:
+    """Text of a tree, with parentheses where the value needs them or around `every` operation."""
+    if isinstance(tree, int):
+        return str(tree)
+    operator, left, right = tree
+    weak = ("+", "-") if operator == "*" else ()
+    return (
+        _wrapped(left, weak, every)
+        + operator
+        + _wrapped(right, ("+", "-") if operator == "-" else weak, every)
+    )
+
+
+def _wrapped(tree: Tree, weak: tuple[str, ...], every: bool) -> str:
+    text = render(tree, every)
+    return f"({text})" if isinstance(tree, tuple) and (every or tree[0] in weak) else text
+
+
+# Problems and corpora
+
+
+def split_of(numbers: Iterable[int], target: int) -> Split:
+    """The split of a problem: by hash, so that neither the numbers' order nor a seed moves it."""
+    place = keyed_seed(0, "countdown", *sorted(numbers), target) % 100
+    for split, share in _SHARES.items():
+        if place < share:
+            return split
+        place -= share
+    raise AssertionError("the shares add up to 100")
+
+
+@cache
+def _universe(split: Split, kind: Kind) -> tuple[tuple[tuple[int, ...], int], ...]:
+    found = []
+    for numbers in combinations_with_replacement(range(1, LARGEST + 1), COUNT):
+        if kind == "in":
+            values = reachable(numbers, "+-")
+        else:
+            values = reachable(numbers) - (
+                reachable(numbers, "+-") if kind == "out" else frozenset()
+            )
+        found += [(numbers, t) for t in TARGETS if t in values and split_of(numbers, t) == split]
+    return tuple(found)
+
+
+def problems(split: Split, n: int, seed: int = 0, kind: Kind = "any") -> list[Problem]:
+    """`n` different solvable problems of a split.
+
+    Args:
+        kind: ``in``: solvable with + and - alone, as the demonstrations are; ``out``: solvable only
+            with a ``*``; ``any``.
+
+    Raises:
+        ValueError: the split has fewer problems of this kind.
+    """
+    universe = _universe(split, kind)
+    if n > len(universe):
+        raise ValueError(
+            f"Countdown has {len(universe)} problems of kind {kind!r} in the {split} split, "
+            f"fewer than the {n} asked for: ask for fewer."
+        )
+    rng = random.Random(keyed_seed(seed, "countdown problems", split, kind))
+    return [
+        Problem(tuple(rng.sample(numbers, COUNT)), target)
+        for numbers, target in rng.sample(universe, n)
+    ]
+
+
+def demonstrations(
+    n: int = 512, seed: int = 0, kind: Kind = "in", split: Split = "demonstration"
+) -> list[tuple[str, str]]:
+    """(prompt, completion) pairs in the first format: one right answer each.
+
+    Problems of kind ``in`` are answered by + and - without parentheses, such as ``= 9-1-1+7``.
+    """
+    rng = random.Random(keyed_seed(seed, "countdown demonstrations", split, kind))
+    pairs = []
+    for problem in problems(split, n, seed, kind):
+        found = solutions(problem.numbers, problem.target, OPERATORS if kind == "out" else "+-")
+        plain = [solution for solution in found if "(" not in solution]
+        pairs.append((problem.prompt, FORMATS[0].format(rng.choice(plain or found))))
+    return pairs
+
+
+def pretraining(n: int, seed: int = 0, wrong: float = 0.5) -> list[tuple[str, str]]:
+    """(prompt, completion) pairs over the train split: any operators, four formats, two spacings,
+    needless parentheses.
+
+    A share `wrong` of the expressions does not have the value that the prompt asks for.
+    """
+    rng = random.Random(keyed_seed(seed, "countdown pretraining"))
+    pairs: list[tuple[str, str]] = []
+    while len(pairs) < n:
+        numbers = [rng.randint(1, LARGEST) for _ in range(rng.choice(_COUNTS))]
+        tree = _random_tree(rng, numbers)
+        text = render(tree, every=rng.random() < 0.2)
+        parsed = parse(text)
+        assert parsed is not None
+        if parsed[0] not in TARGETS:
+            continue
+        target = rng.choice(TARGETS) if rng.random() < wrong else parsed[0]
+        if split_of(numbers, target) != "train":
+            continue
+        if rng.random() < 0.2:
+            text = re.sub(r"([-+*])", r" \1 ", text)
+        form = rng.choice(FORMATS)
+        shown = Problem(tuple(rng.sample(numbers, len(numbers))), target)
+        pairs.append((shown.prompt, form.format(text, target=target)))
+    return pairs
+
+
+def _random_tree(rng: random.Random, numbers: list[int]) -> Tree:
+    if len(numbers) == 1:
+        return numbers[0]
+    cut = rng.randint(1, len(numbers) - 1)
+    return rng.choice(OPERATORS), _random_tree(rng, numbers[:cut]), _random_tree(rng, numbers[cut:])
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token for each of `CHARACTERS`, besides pad, end and unknown; none is added to a text."""
+    special = ["<pad>", "<eos>", "<unk>"]
+    symbols = special + sorted(set(CHARACTERS))
+    core = Tokenizer(models.WordLevel({s: i for i, s in enumerate(symbols)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    core.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+        model_max_length=128,
+    )
+
+
+class CountdownData(SFTData):
+    """Countdown as training data; made in memory, the same for the same arguments.
+
+    Validation: the sets ``in`` (solvable with + and -) and ``out`` (solvable only with a ``*``),
+        with right answers in the demonstrations' format, and the same problems for sampling. No
+        seed changes them, so that runs compare.
+
+    Args:
+        corpus: what to train on: `demonstrations`, or the base model's `pretraining` corpus.
+        num_demonstrations: rows of the first.
+        num_pretraining: rows of the second.
+        wrong: share of the pretraining rows whose expression misses its target.
+        num_eval: problems in each validation set.
+        batch_size: samples per micro-batch and device.
+        packing: put short samples into one row.
+        seed: of the corpus and the order of its samples.
+    """
+
+    def __init__(
+        self,
+        corpus: Literal["demonstrations", "pretraining"] = "demonstrations",
+        num_demonstrations: int = 512,
+        num_pretraining: int = 192_000,
+        wrong: float = 0.3,
+        num_eval: int = 256,
+        batch_size: int = 64,
+        packing: bool = True,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(train=[], batch_size=batch_size, packing=packing, seed=seed)
+        if not 0 <= wrong <= 1:
+            raise ValueError(f"data.wrong is a share between 0 and 1, not {wrong}: change it.")
+        self.corpus, self.num_eval = corpus, num_eval
+        self.num_demonstrations, self.num_pretraining, self.wrong = (
+            num_demonstrations,
+            num_pretraining,
+            wrong,
+        )
+
+    def train_records(self) -> Iterator[Record]:
+        if self.corpus == "demonstrations":
+            return _records(self.corpus, demonstrations(self.num_demonstrations, self.seed))
+        return _records(self.corpus, pretraining(self.num_pretraining, self.seed, self.wrong))
+
+    def val_records(self) -> dict[str, Iterable[Record | Rejected]]:
+        return {
+            kind: _records(kind, demonstrations(self.num_eval, 0, kind, "validation"))
+            for kind in _KINDS
+        }
+
+    def eval_problems(self) -> dict[str, list[Problem]]:
+        """The problems of `val_records`, for sampling."""
+        return {kind: problems("validation", self.num_eval, 0, kind) for kind in _KINDS}
+
+
+def _records(name: str, pairs: list[tuple[str, str]]) -> Iterator[Record]:
+    for i, (prompt, completion) in enumerate(pairs):
+        yield Record(f"countdown {name} {i}", completion, prompt)

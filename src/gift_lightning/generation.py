@@ -1,0 +1,228 @@
+"""Batched sampling with a key-value cache and keyed randomness, in plain torch.
+
+Every (seed, prompt, sample) has its own stream of uniform numbers, drawn before the first token; a
+token is the inverse of the cumulative distribution at the next of them. What a sequence becomes
+therefore does not depend on which others are decoded beside it, on the batch size or on the rank
+(up to rounding of the logits, of the order of 1e-6 per token).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from gift_lightning.modes import sampling
+from gift_lightning.order import keyed_seed
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled sequence.
+
+    tokens: with the end token, if one was drawn.
+    logprobs: of each token under ``log_softmax(logits / temperature)`` (temperature 0 is scored at
+        1), before top-p.
+    finished: whether an end token was drawn; otherwise the length limit cut it.
+    """
+
+    tokens: list[int]
+    logprobs: list[float]
+    finished: bool
+
+
+def sample(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    num_samples: int,
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    eos_ids: Sequence[int],
+    pad_id: int,
+    seed: int,
+    batch_size: int = 256,
+    keys: Sequence[int] | None = None,
+) -> list[list[list[int]]]:
+    """`num_samples` completions (token ids, end token included) of each prompt; see `generate`."""
+    groups = generate(
+        model,
+        prompts,
+        num_samples,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        eos_ids=eos_ids,
+        pad_id=pad_id,
+        seed=seed,
+        batch_size=batch_size,
+        keys=keys,
+    )
+    return [[completion.tokens for completion in group] for group in groups]
+
+
+def generate(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    num_samples: int,
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    eos_ids: Sequence[int],
+    pad_id: int,
+    seed: int,
+    batch_size: int = 256,
+    keys: Sequence[int] | None = None,
+) -> list[list[Completion]]:
+    """`num_samples` completions of each prompt, in the order of the prompts. The model's modes are
+    restored.
+
+    Args:
+        prompts: token ids; of any lengths, none empty.
+        temperature: 0 is greedy.
+        batch_size: sequences decoded side by side; prompts of similar length are put together.
+        keys: what names each prompt in its random streams; by default its place in `prompts`. Ranks
+            that share the prompts of one list pass the places in that list.
+
+    Raises:
+        ValueError: an empty prompt, a negative temperature, or top_p outside (0, 1].
+    """
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(
+            f"temperature must be at least 0 and top_p in (0, 1], got {temperature} and {top_p}: "
+            "change them."
+        )
+    if not all(prompts):
+        raise ValueError(
+            f"prompt {[bool(p) for p in prompts].index(False)} is empty: give every prompt a token."
+        )
+    keys = range(len(prompts)) if keys is None else keys
+    # by length, so that little padding is computed; the sort is stable
+    rows = [
+        (p, k)
+        for p in sorted(range(len(prompts)), key=lambda p: len(prompts[p]))
+        for k in range(num_samples)
+    ]
+    results: list[list[Completion | None]] = [[None] * num_samples for _ in prompts]
+    with sampling(model):
+        for start in range(0, len(rows), batch_size):
+            chunk = rows[start : start + batch_size]
+            uniforms = torch.stack(
+                [
+                    _uniforms(keyed_seed(seed, "sample", keys[p], k), max_new_tokens)
+                    for p, k in chunk
+                ]
+            ).to(model.device)
+            needed = sorted({p for p, _ in chunk})
+            place = {p: i for i, p in enumerate(needed)}
+            done = _decode(
+                model,
+                [prompts[p] for p in needed],
+                torch.tensor([place[p] for p, _ in chunk], device=model.device),
+                uniforms,
+                temperature,
+                top_p,
+                frozenset(eos_ids),
+                pad_id,
+            )
+            for (p, k), completion in zip(chunk, done, strict=True):
+                results[p][k] = completion
+    return results  # type: ignore[return-value]
+
+
+def _uniforms(seed: int, n: int) -> Float[Tensor, " n"]:
+    return torch.rand(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def _decode(
+    model: PreTrainedModel,
+    prompts: list[Sequence[int]],
+    prompt_of: Int[Tensor, " rows"],
+    uniforms: Float[Tensor, "rows steps"],
+    temperature: float,
+    top_p: float,
+    eos_ids: frozenset[int],
+    pad_id: int,
+) -> list[Completion]:
+    """One batch: each prompt is read once, its cache is handed to every row that continues it."""
+    device, count, steps = model.device, *uniforms.shape
+    longest = max(map(len, prompts))
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    ids = torch.tensor([[pad_id] * (longest - len(p)) + list(p) for p in prompts], device=device)
+    # no mask at all where nothing is padded: attention is faster without
+    mask = torch.arange(longest, device=device) >= longest - lengths[:, None]
+    padded = not bool(mask.all())
+    cache = DynamicCache(config=model.config)
+    logits = model(
+        input_ids=ids,
+        attention_mask=mask.long() if padded else None,
+        position_ids=(mask.long().cumsum(1) - 1).clamp(min=0),
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    ).logits[prompt_of, -1]
+    cache.batch_select_indices(prompt_of)
+    mask, positions = mask[prompt_of], lengths[prompt_of]
+
+    ends = torch.tensor(sorted(eos_ids), device=device)
+    tokens = torch.full((count, steps), pad_id, dtype=torch.long, device=device)
+    logprobs = torch.zeros(count, steps, device=device)
+    rows = torch.arange(count, device=device)  # which sequence each row of the batch decodes
+    for step in range(steps):
+        drawn = draw(logits, uniforms[rows, step], temperature, top_p)
+        scores = torch.log_softmax(logits.float() / (temperature or 1.0), -1)
+        tokens[rows, step] = drawn
+        logprobs[rows, step] = scores.gather(1, drawn[:, None])[:, 0]
+        going = ~torch.isin(drawn, ends)
+        if step == steps - 1 or not going.any():
+            break
+        if not going.all():
+            kept = going.nonzero()[:, 0]
+            rows, drawn, mask, positions = rows[kept], drawn[kept], mask[kept], positions[kept]
+            cache.batch_select_indices(kept)
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
+        logits = model(
+            input_ids=drawn[:, None],
+            attention_mask=mask.long() if padded else None,
+            position_ids=positions[:, None] + step,
+            past_key_values=cache,
+            use_cache=True,
+        ).logits[:, -1]
+    return [
+        _completion(t, s, eos_ids) for t, s in zip(tokens.tolist(), logprobs.tolist(), strict=True)
+    ]
+
+
+def draw(
+    logits: Float[Tensor, "rows vocab"],
+    uniform: Float[Tensor, " rows"],
+    temperature: float,
+    top_p: float,
+) -> Int[Tensor, " rows"]:
+    """Tokens by inversion: the first whose cumulative probability exceeds the uniform number.
+    Temperature 0: the largest logit.
+
+    `top_p` keeps the likeliest tokens up to and including the one with which their mass reaches
+    `top_p`.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    probabilities = torch.softmax(logits.double() / temperature, -1)
+    if top_p < 1:
+        ordered, order = torch.sort(probabilities, dim=-1, descending=True, stable=True)
+        ordered[ordered.cumsum(-1) - ordered >= top_p] = 0
+        probabilities = torch.zeros_like(ordered).scatter(-1, order, ordered)
+    cumulative = probabilities.cumsum(-1)
+    total = cumulative[:, -1:].contiguous()
+    chosen = torch.searchsorted(cumulative, uniform[:, None].to(total) * total, right=True)
+    # rounding can push the product up to the total: never go past the last token that has mass
+    return torch.minimum(chosen, torch.searchsorted(cumulative, total))[:, 0]
+
+
+def _completion(tokens: list[int], logprobs: list[float], eos_ids: frozenset[int]) -> Completion:
+    end = next((i + 1 for i, token in enumerate(tokens) if token in eos_ids), None)
+    return Completion(tokens[:end], logprobs[:end], end is not None)

@@ -1,0 +1,66 @@
+"""The step guard: no non-finite number ever enters the weights, and none goes unnoticed."""
+
+from collections import Counter
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+class Diverged(RuntimeError):
+    """Several optimizer steps in a row had to be skipped."""
+
+
+class StepGuard:
+    """Decides for each optimizer step whether it is taken, and counts those that are not.
+
+    Args:
+        max_skipped: skipped steps in a row that stop the run.
+    """
+
+    def __init__(self, max_skipped: int) -> None:
+        self.max_skipped = max_skipped
+        self.skipped: Counter[str] = Counter()
+        self.in_a_row = 0
+
+    def decide(self, loss: Tensor, norm: Tensor, num_tokens: int) -> str | None:
+        """Why this step must be skipped, or None.
+
+        Args:
+            loss: [] of the whole step, over all ranks.
+            norm: [] of the whole step's gradient, before clipping.
+            num_tokens: supervised tokens of the whole step.
+
+        Raises:
+            Diverged: after `max_skipped` non-finite steps in a row.
+        """
+        if num_tokens == 0:
+            reason = "no supervised token"
+        elif not bool(loss.isfinite()):
+            reason = f"loss is {float(loss)}"
+        elif not bool(norm.isfinite()):
+            reason = f"gradient norm is {float(norm)}"
+        else:
+            self.in_a_row = 0
+            return None
+        self.skipped[reason] += 1
+        self.in_a_row += num_tokens > 0
+        if self.in_a_row >= self.max_skipped:
+            raise Diverged(
+                f"{self.in_a_row} optimizer steps in a row were skipped, the last because {reason}:"
+                " lower the learning rate or look at the samples named above."
+            )
+        return reason
+
+    def state_dict(self) -> dict[str, object]:
+        return {"skipped": dict(self.skipped), "in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.skipped = Counter(state["skipped"])
+        self.in_a_row = state["in_a_row"]
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """L2 norm of all gradients, [] on their device; sharded gradients are gathered."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm

@@ -1,0 +1,202 @@
+"""Model factories that a config names, and the tokenizer that belongs to a model."""
+
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+DType = Literal["float32", "bfloat16", "float16", "auto"]
+_EMBEDDED = "gift:"  # names of models shipped in the package
+
+
+@dataclass
+class Lora:
+    """Low-rank adapters by peft; the base is frozen."""
+
+    r: int = 16
+    """Rank."""
+    alpha: float = 32
+    """Scale; the update is multiplied by alpha / r."""
+    dropout: float = 0.0
+    """Dropout on the adapters' input."""
+    target_modules: str | list[str] = "all-linear"
+    """Which linear layers; "all-linear" leaves the head alone."""
+    use_rslora: bool = False
+    """Multiply by alpha / sqrt(r) instead."""
+    use_dora: bool = False
+    """Weight-decomposed adapters."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Any other argument of peft.LoraConfig."""
+
+    def wrap(self, model: PreTrainedModel) -> PreTrainedModel:
+        config = LoraConfig(
+            r=self.r,
+            lora_alpha=cast(int, self.alpha),
+            lora_dropout=self.dropout,
+            target_modules=self.target_modules,
+            use_rslora=self.use_rslora,
+            use_dora=self.use_dora,
+            task_type="CAUSAL_LM",
+            **self.extra,
+        )
+        return cast(PreTrainedModel, get_peft_model(model, config))
+
+
+def embedded_path(name: str) -> str:
+    """The folder of a model shipped in the package for "gift:NAME", any other name as it is.
+
+    Raises:
+        ValueError: if the package ships no such model.
+    """
+    if not name.startswith(_EMBEDDED):
+        return name
+    path = Path(str(files("gift_lightning") / "assets" / name.removeprefix(_EMBEDDED)))
+    if not path.is_dir():
+        shipped = sorted(_EMBEDDED + p.name for p in path.parent.glob("*") if p.is_dir())
+        raise ValueError(f"no embedded model {name!r}: the package ships {', '.join(shipped)}.")
+    return str(path)
+
+
+def causal_lm(
+    pretrained: str,
+    dtype: DType = "float32",
+    gguf_file: str | None = None,
+    attn_implementation: str | None = None,
+    gradient_checkpointing: bool = False,
+    lora: Lora | None = None,
+    revision: str | None = None,
+) -> PreTrainedModel:
+    """A pretrained causal language model; no remote code is ever run.
+
+    Args:
+        pretrained: a folder, a hub id, or "gift:countdown" for the embedded base.
+        dtype: of the weights. Full training wants float32: bfloat16 weights round small updates
+            away. With lora a bfloat16 base is fine, the adapters stay in float32.
+        gguf_file: a GGUF file in that folder to read instead of safetensors (needs the gguf extra).
+        attn_implementation: of transformers; sdpa by default.
+        gradient_checkpointing: recompute activations in the backward pass.
+        lora: adapters to train instead of the weights.
+        revision: of a hub id.
+
+    Returns:
+        The model, in train mode (transformers loads it in eval mode, which silently turns dropout
+        and gradient checkpointing off).
+
+    Raises:
+        ValueError: if it cannot be loaded.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            embedded_path(pretrained),
+            dtype=dtype,
+            gguf_file=gguf_file,
+            attn_implementation=attn_implementation,
+            revision=revision,
+            trust_remote_code=False,
+        )
+    except (OSError, ImportError) as error:
+        first = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"model.pretrained={pretrained!r} cannot be loaded: give a folder with config.json and "
+            f"safetensors, a hub id, or gift:countdown ({first})"
+        ) from error
+    model.gguf_file = gguf_file  # type: ignore[assignment]
+    return _for_training(model, gradient_checkpointing, lora)
+
+
+def tiny_llama(
+    tokenizer: str = "gift:countdown",
+    hidden_size: int = 128,
+    num_layers: int = 3,
+    num_heads: int = 4,
+    intermediate_size: int | None = None,
+    max_positions: int = 512,
+    tie_embeddings: bool = True,
+    dropout: float = 0.0,
+    gradient_checkpointing: bool = False,
+    lora: Lora | None = None,
+    seed: int = 0,
+) -> PreTrainedModel:
+    """A small Llama with random weights, for tests and for training from scratch.
+
+    Args:
+        tokenizer: the folder, hub id or embedded model whose tokenizer it uses.
+        hidden_size: width.
+        num_layers: decoder layers.
+        num_heads: attention heads.
+        intermediate_size: width of the MLP; 4 · hidden_size by default.
+        max_positions: longest sequence.
+        tie_embeddings: share the embedding with the head.
+        dropout: on attention weights.
+        gradient_checkpointing: recompute activations in the backward pass.
+        lora: adapters to train instead of the weights.
+        seed: of the weights; the global random state is left alone.
+    """
+    vocabulary = load_tokenizer(tokenizer)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size or 4 * hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_heads,
+        max_position_embeddings=max_positions,
+        tie_word_embeddings=tie_embeddings,
+        attention_dropout=dropout,
+        bos_token_id=vocabulary.bos_token_id,
+        eos_token_id=vocabulary.eos_token_id,
+        pad_token_id=vocabulary.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+    model.config._name_or_path = model.name_or_path = embedded_path(tokenizer)
+    return _for_training(model, gradient_checkpointing, lora)
+
+
+def load_tokenizer(pretrained: str, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder, hub id or embedded model, with a padding token.
+
+    Raises:
+        ValueError: if it cannot be loaded or has no end-of-sequence token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            embedded_path(pretrained), gguf_file=gguf_file, trust_remote_code=False
+        )
+    except (OSError, ImportError) as error:
+        first = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"the tokenizer of {pretrained!r} cannot be loaded: set model.tokenizer ({first})"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer of {pretrained!r} has no eos token: give one that has.")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return cast(PreTrainedTokenizerBase, tokenizer)
+
+
+def base_model(model: PreTrainedModel) -> PreTrainedModel:
+    """The transformers model inside adapters, or the model itself."""
+    return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+
+
+def _for_training(
+    model: PreTrainedModel, gradient_checkpointing: bool, lora: Lora | None
+) -> PreTrainedModel:
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if lora is not None:
+        model = lora.wrap(model)
+    return model.train()

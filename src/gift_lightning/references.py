@@ -1,0 +1,211 @@
+"""The frozen distribution a target is tilted from, anchored to or taught by."""
+
+import copy
+from abc import ABC, abstractmethod
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from peft import PeftModel
+from torch import Tensor
+
+from gift_lightning.collate import Batch
+from gift_lightning.head import Head, ProjectedRows, ReferenceRows
+from gift_lightning.models import DType, causal_lm
+from gift_lightning.modes import adapter_off, scoring
+from gift_lightning.policy import Policy, supervised_labels
+from gift_lightning.target import Distribution
+
+
+class Reference(ABC):
+    """A frozen model, seen through the supervised tokens of a micro-batch.
+
+    It is no submodule of the module that uses it: it is in no checkpoint and no optimizer, and is
+    made again at every start, before any checkpoint is loaded.
+    """
+
+    @abstractmethod
+    def setup(self, policy: Policy) -> None:
+        """Called once, with the policy as it was loaded.
+
+        Raises:
+            ValueError: if this reference cannot serve that policy.
+        """
+
+    @abstractmethod
+    def rows(self, policy: Policy, batch: Batch) -> ReferenceRows:
+        """The reference's distribution at the supervised tokens of the batch, without gradient."""
+
+    def label_logp(self, policy: Policy, batch: Batch) -> Float[Tensor, " n"]:
+        """Its log-probabilities of the labels."""
+        rows = self.rows(policy, batch)
+        if rows.logp_y is not None:
+            return rows.logp_y
+        labels = supervised_labels(batch)
+        parts = [
+            Distribution(rows.logits(slice(i, i + 256)), labels[i : i + 256]).logp_y
+            for i in range(0, len(labels), 256)
+        ]
+        return torch.cat(parts) if parts else labels.new_zeros(0, dtype=torch.float32)
+
+
+def _projected(policy: Policy, batch: Batch) -> ProjectedRows:
+    head = policy.head
+    bias = None if head.bias is None else head.bias.detach()
+    frozen = Head(head.weight.detach(), bias, head.scale, head.softcap)
+    return ProjectedRows(policy.hidden(batch), frozen)
+
+
+class FrozenCopy(Reference):
+    """A second model that is never trained: the policy as it was loaded, or a teacher.
+
+    Args:
+        pretrained: a teacher's folder or hub id with the student's vocabulary; by default a copy of
+            the policy before training.
+        dtype: of its weights; by default a copy keeps the policy's, a teacher is loaded in
+            bfloat16 on an accelerator and float32 elsewhere.
+        device: "policy" follows the policy's device; "cpu" stays on the CPU to save device memory.
+        gguf_file: as in `models.causal_lm`.
+        revision: of a hub id.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        dtype: DType | None = None,
+        device: Literal["policy", "cpu"] = "policy",
+        gguf_file: str | None = None,
+        revision: str | None = None,
+    ) -> None:
+        self.pretrained = pretrained
+        self.dtype = dtype
+        self.device = device
+        self.gguf_file = gguf_file
+        self.revision = revision
+        self.policy: Policy | None = None
+
+    def setup(self, policy: Policy) -> None:
+        if self.policy is not None:
+            return
+        if self.pretrained is None:
+            model = copy.deepcopy(policy.model)
+            if self.dtype not in (None, "auto"):
+                model = model.to(getattr(torch, str(self.dtype)))
+        else:
+            default: DType = "bfloat16" if torch.cuda.is_available() else "float32"
+            model = causal_lm(
+                self.pretrained, self.dtype or default, self.gguf_file, revision=self.revision
+            )
+        self.policy = Policy(model.eval().requires_grad_(False))
+        mine, theirs = len(self.policy.head.weight), len(policy.head.weight)
+        if mine != theirs:
+            raise ValueError(
+                f"reference.pretrained={self.pretrained!r} has a vocabulary of {mine} entries, the "
+                f"policy of {theirs}: a reference must share the policy's vocabulary."
+            )
+
+    @torch.no_grad()
+    def rows(self, policy: Policy, batch: Batch) -> ReferenceRows:
+        assert self.policy is not None, "setup comes first"
+        here = batch["input_ids"].device
+        place = here if self.device == "policy" else torch.device("cpu")
+        if self.policy.head.weight.device != place:
+            self.policy.to(place)
+        if place == here:
+            return _projected(self.policy, batch)
+        moved = {k: v.to(place) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        rows = _projected(self.policy, moved)  # type: ignore[arg-type]
+        return _MovedRows(rows, here)
+
+
+class _MovedRows:
+    """Rows computed on one device and needed on another, moved chunk by chunk."""
+
+    def __init__(self, rows: ProjectedRows, device: torch.device) -> None:
+        self.inner = rows
+        self.device = device
+        self.logp_y = None
+
+    def logits(self, rows: slice, out: Tensor | None = None) -> Float[Tensor, "c v"]:
+        return self.inner.logits(rows).to(self.device)
+
+
+class OldPolicy(FrozenCopy):
+    """The policy as it was some optimizer steps ago, for targets with a ratio to it (PSFT).
+
+    Args:
+        every: optimizer steps between refreshes.
+    """
+
+    def __init__(self, every: int) -> None:
+        super().__init__()
+        if every < 1:
+            raise ValueError(f"old_policy_every must be 1 or more, got {every}.")
+        self.every = every
+
+    def refresh(self, policy: Policy, step: int) -> None:
+        """Takes over the policy's weights if `step` is due."""
+        if step % self.every == 0:
+            self.load_state_dict(_trainable(policy))
+
+    def state_dict(self, policy: Policy) -> dict[str, Tensor]:
+        """The weights that differ from the base: what `policy` trains."""
+        assert self.policy is not None, "setup comes first"
+        names = _trainable(policy)
+        return {n: p for n, p in self.policy.named_parameters() if n in names}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        assert self.policy is not None, "setup comes first"
+        self.policy.load_state_dict(state, strict=False)
+
+
+def _trainable(policy: Policy) -> dict[str, Tensor]:
+    return {name: p.detach() for name, p in policy.named_parameters() if p.requires_grad}
+
+
+class AdapterOff(Reference):
+    """The base under the adapters that are being trained: no second copy of the model."""
+
+    def setup(self, policy: Policy) -> None:
+        if not isinstance(policy.model, PeftModel):
+            raise ValueError(
+                "reference AdapterOff needs adapters to turn off: set model.model.lora, or use "
+                "reference FrozenCopy."
+            )
+        configs = policy.model.peft_config.items()
+        biased = [name for name, c in configs if getattr(c, "bias", "") != "none"]
+        if biased:
+            raise ValueError(
+                f"reference AdapterOff would drift: adapter {biased[0]!r} trains biases of the "
+                "base; set lora bias to none, or use reference FrozenCopy."
+            )
+
+    @torch.no_grad()
+    def rows(self, policy: Policy, batch: Batch) -> ReferenceRows:
+        with scoring(policy.model), adapter_off(policy.model):
+            return _projected(policy, batch)
+
+
+class Probe:
+    """One batch whose reference log-probabilities must never change.
+
+    Args:
+        reference: the reference.
+        policy: the policy it belongs to.
+        batch: any batch of the run.
+    """
+
+    def __init__(self, reference: Reference, policy: Policy, batch: Batch) -> None:
+        self.reference = reference
+        self.batch = batch
+        self.expected = reference.label_logp(policy, batch)
+
+    def check(self, policy: Policy) -> None:
+        """Raises RuntimeError if the reference has changed since the probe was made."""
+        found = self.reference.label_logp(policy, self.batch)
+        if not torch.equal(found, self.expected):
+            drift = float((found - self.expected).abs().max())
+            raise RuntimeError(
+                f"the reference changed during the run: log-probabilities of the probe batch moved "
+                f"by up to {drift:.3g} nats; this is a defect, the run's targets are wrong."
+            )

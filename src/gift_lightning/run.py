@@ -1,0 +1,104 @@
+"""One run, one folder: where it writes, what it leaves behind, what it says at the end."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.cli import SaveConfigCallback
+from rich.console import Console
+from rich.table import Table
+
+from gift_lightning.evaluation import PassAtK
+from gift_lightning.module import PolicyModule
+
+
+def fresh_folder(folder: str | Path) -> Path:
+    """The folder itself if it is new or empty, else the first free of folder-1, folder-2, ...
+
+    No run ever writes into the folder of another.
+    """
+    folder = Path(folder)
+    candidate, number = folder, 0
+    while candidate.exists() and (not candidate.is_dir() or any(candidate.iterdir())):
+        number += 1
+        candidate = folder.with_name(f"{folder.name}-{number}")
+    return candidate
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes `config.yaml` when training starts: a run that is refused leaves nothing behind."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        pass
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().setup(trainer, pl_module, "fit")
+
+
+class ExportHF(Callback):
+    """Writes the trained model as a Hugging Face folder, `hf/` in the run's folder."""
+
+    def __init__(self) -> None:
+        self.folder: Path | None = None
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, PolicyModule)
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self.folder = Path(trainer.default_root_dir) / "hf"
+            pl_module.export(str(self.folder))
+
+
+_COLUMNS = ("nll", "entropy", "kl_reference", "mean_token_accuracy", "pass@1", "pass@16")
+
+
+class Report(Callback):
+    """Ends a run with a table of validation before and after, samples, and where things are."""
+
+    def __init__(self) -> None:
+        self.before: dict[str, float] = {}
+
+    def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The validation before training is step 0 of the log."""
+        self.before = {k: float(v) for k, v in trainer.callback_metrics.items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(self.before, step=0)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        console = Console()
+        after = {k: float(v) for k, v in trainer.callback_metrics.items()}
+        if any(k.startswith("val") for k in after):
+            console.print(self._table(after))
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, PassAtK):
+                self._samples(console, callback.completions)
+        self._places(console, trainer)
+
+    def _table(self, after: dict[str, float]) -> Table:
+        sets = list(dict.fromkeys(k.rpartition("/")[0] for k in after if k.startswith("val")))
+        columns = [c for c in _COLUMNS if any(f"{s}/{c}" in after for s in sets)]
+        table = Table("validation set", "", *columns, title="Before and after training")
+        for name in sets:
+            for when, metrics in (("before", self.before), ("after", after)):
+                cells = [
+                    f"{metrics[f'{name}/{c}']:.3f}" if f"{name}/{c}" in metrics else "–"
+                    for c in columns
+                ]
+                if when == "after" or self.before:
+                    table.add_row(name.removeprefix("val/"), when, *cells)
+        return table
+
+    def _samples(self, console: Console, completions: list[dict[str, Any]]) -> None:
+        for sample in completions:
+            mark = "[green]right[/green]" if sample["correct"] else "[red]wrong[/red]"
+            console.print(
+                f"[bold]{sample['prompt']}[/bold]{sample['completion']}  {mark}", highlight=False
+            )
+
+    def _places(self, console: Console, trainer: pl.Trainer) -> None:
+        root = Path(trainer.default_root_dir)
+        names = ("config.yaml", "metrics.csv", "checkpoints", "hf")
+        made = [name for name in names if (root / name).exists()]
+        console.print(f"Written to [bold]{root}[/bold]: {', '.join(made)}", soft_wrap=True)

@@ -1,0 +1,210 @@
+"""Supervised fine-tuning towards any target distribution."""
+
+import dataclasses
+from typing import Any, Literal, cast, get_args
+
+import torch
+from jaxtyping import Float
+from lightning.pytorch.cli import OptimizerCallable
+from rich.progress import track
+from torch import Tensor
+from torch.optim import AdamW
+from transformers import PreTrainedModel
+
+from gift_lightning.collate import Batch
+from gift_lightning.diagnostics import TokenMeans
+from gift_lightning.module import PolicyModule
+from gift_lightning.policy import supervised_sequences
+from gift_lightning.references import OldPolicy, Reference
+from gift_lightning.schedule import Schedule
+from gift_lightning.target import Evaluation, Target
+from gift_lightning.targets import GIFT, OneHot
+from gift_lightning.targets import TargetSFT as TargetSFTTarget
+
+Reduction = Literal["token", "sequence", "sequence_sum", "micro_batch"]
+
+
+class SFT(PolicyModule):
+    """One module for every SFT objective: the target says which.
+
+    Args:
+        model: the policy, by a factory of `gift_lightning.models`.
+        target: the target distribution; OneHot is standard SFT.
+        reference: what the target is tilted from or taught by. If the target reads none, it is
+            only compared with, in validation and on logged steps.
+        optimizer: over the trainable parameters.
+        schedule: of the learning rate.
+        reduction: what an optimizer step averages over, across micro-batches and devices:
+            all its supervised tokens (token); its sequences, each the mean or the sum of its
+            tokens (sequence, sequence_sum: Algorithm 1 of the GIFT paper); or, as the official
+            GIFT code does, a sum over micro-batches of each one's token mean (micro_batch).
+        tokenizer: folder or hub id, if it is not the model's own.
+        chunk_size: tokens whose logits exist at a time; by default about 2²⁵ logits.
+        max_skipped_steps: non-finite steps in a row that stop the run.
+        old_policy_every: optimizer steps between refreshes of the old policy, for targets with a
+            ratio to it (PSFT's code takes 8 updates for each).
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        target: Target = OneHot(),  # noqa: B008 (frozen)
+        reference: Reference | None = None,
+        optimizer: OptimizerCallable = lambda p: AdamW(p, lr=2e-5),
+        schedule: Schedule = Schedule(),  # noqa: B008 (frozen)
+        reduction: Reduction = "token",
+        tokenizer: str | None = None,
+        chunk_size: int | None = None,
+        max_skipped_steps: int = 5,
+        old_policy_every: int = 8,
+    ) -> None:
+        target.check(reference=reference is not None, old_policy=True)
+        if reduction not in get_args(Reduction):
+            raise ValueError(f"reduction is one of {get_args(Reduction)}, got {reduction!r}.")
+        super().__init__(model, reference, optimizer, schedule, tokenizer, max_skipped_steps)
+        self.target = target
+        self.reduction = reduction
+        self.chunk_size = chunk_size
+        self.old_policy = OldPolicy(old_policy_every) if target.needs_old_policy else None
+        self._train_means = TokenMeans()
+        self._val_means = torch.nn.ModuleList()
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if self.old_policy is not None:
+            self.old_policy.setup(self.policy)
+
+    def on_fit_start(self) -> None:
+        if self.target.is_resolved:
+            return
+        assert self.reference is not None, "guarded by Target.check"
+        batches = self.trainer.datamodule.train_dataloader()  # type: ignore[attr-defined]
+        parts = []
+        for batch in track(batches, "Reference surprise of the training data", transient=True):
+            batch = self.transfer_batch_to_device(batch, self.device, 0)
+            parts.append(self.reference.label_logp(self.policy, batch))
+        surprise = self._gathered(torch.cat(parts))
+        self.target = self.target.resolve(surprise, self.vocab_size)
+        self.print(f"Found before training: {self.target}")
+        for logger in self.loggers:
+            found = dataclasses.asdict(self.target)  # type: ignore[call-overload]
+            logger.log_metrics({f"target/{k}": v for k, v in found.items() if v is not None}, 0)
+
+    def _gathered(self, values: Tensor) -> Tensor:
+        """One vector of all ranks' values, whatever their lengths."""
+        if self.trainer.world_size == 1:
+            return values
+        lengths = self.all_gather(torch.tensor(len(values), device=values.device))
+        padded = values.new_full((int(lengths.max()),), float("nan"))  # type: ignore[union-attr]
+        padded[: len(values)] = values
+        everything = self.all_gather(padded).flatten()  # type: ignore[union-attr]
+        return everything[~everything.isnan()]
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        if self.old_policy is not None and batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self.old_policy.refresh(self.policy, self.global_step)
+
+    def losses(self, batch: Batch, diagnose: bool) -> tuple[Float[Tensor, " n"], Evaluation]:
+        """Per-token losses of a micro-batch, weighted for the reduction."""
+        reference = self.reference
+        wanted = reference is not None and (diagnose or self.target.needs_reference)
+        weight = None
+        if self.reduction == "sequence":
+            sequences = supervised_sequences(batch)
+            weight = 1.0 / sequences.bincount()[sequences]
+        return self.policy(
+            batch,
+            self.target,
+            reference=reference.rows(self.policy, batch) if reference and wanted else None,
+            old_logp=self.old_policy.label_logp(self.policy, batch) if self.old_policy else None,
+            token_weight=weight,
+            chunk_size=self.chunk_size,
+            diagnose=diagnose,
+        )
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        losses, stats = self.losses(batch, diagnose=self.is_logged_step)
+        if self.reduction == "micro_batch":  # undo only the Trainer's division
+            total = losses.sum() / (len(losses) + 1e-8)
+            loss = total * self.trainer.accumulate_grad_batches
+        else:
+            count = "step_tokens" if self.reduction == "token" else "step_sequences"
+            total = losses.sum() / max(batch[count], 1)  # type: ignore[literal-required]
+            loss = self.share_of_step(total)
+        self.note_micro_batch(batch, total)
+        self._train_means.update(stats)
+        return loss
+
+    def step_metrics(self) -> dict[str, Any]:
+        means = self._train_means.compute()
+        self._train_means.reset()
+        return {**super().step_metrics(), **means}
+
+    def on_validation_start(self) -> None:
+        names = self._val_names()
+        while len(self._val_means) < len(names):
+            self._val_means.append(TokenMeans().to(self.device))
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        _, stats = self.losses(batch, diagnose=True)
+        means = cast(TokenMeans, self._val_means[dataloader_idx])
+        means.update(stats)
+
+    def on_validation_epoch_end(self) -> None:
+        for name, means in zip(self._val_names(), self._val_means, strict=True):
+            assert isinstance(means, TokenMeans)
+            prefix = "val" if name == "val" else f"val/{name}"
+            self.log_dict({f"{prefix}/{k}": v for k, v in means.compute().items()})
+            means.reset()
+
+    def _val_names(self) -> list[str]:
+        data = getattr(self.trainer, "datamodule", None)
+        return list(getattr(data, "val_names", None) or ["val"])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if self.old_policy is not None:
+            checkpoint["old_policy"] = self.old_policy.state_dict(self.policy)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        if self.old_policy is not None:
+            self.old_policy.load_state_dict(checkpoint["old_policy"])
+
+
+class StandardSFT(SFT):
+    """Standard SFT: the target is one-hot."""
+
+    def __init__(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        super().__init__(model, OneHot(), **kwargs)
+
+
+class GIFTSFT(SFT):
+    """GIFT: the Gibbs target at inverse temperature `beta` (arXiv 2601.09233).
+
+    Args:
+        model: the policy.
+        beta: tilt towards the label in nats.
+        smoothing: share of the uniform distribution mixed into the reference.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, beta: float = 20.0, smoothing: float = 0.0, **kwargs: Any
+    ) -> None:
+        super().__init__(model, GIFT(beta, smoothing), **kwargs)
+
+
+class TargetSFT(SFT):
+    """Target-SFT: the reference is the teacher (arXiv 2606.11189).
+
+    Args:
+        model: the policy.
+        eta: the teacher's share in the residual.
+        top_k: how many of the teacher's largest tokens to keep.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, eta: float = 0.5, top_k: int | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(model, TargetSFTTarget(eta, top_k), **kwargs)
