@@ -4,7 +4,7 @@ import re
 import pytest
 
 from gift_lightning import countdown
-from gift_lightning.countdown import Problem
+from gift_lightning.countdown import CountdownData, Problem
 
 NUMBERS, TARGET = (3, 5, 7, 2), 24  # 3*5+7+2 = 24
 PROMPT = "3 5 7 2 > 24 : "
@@ -303,3 +303,30 @@ def test_tokenizer_is_one_token_per_character(tmp_path):
     assert again(PROMPT)["input_ids"] == tokenizer(PROMPT)["input_ids"]
     assert again.decode(again(PROMPT)["input_ids"]) == PROMPT
     assert again.eos_token_id == 1 and again.pad_token_id == 0
+
+
+def test_data_of_the_demonstrations():
+    data = CountdownData(num_demonstrations=40, num_eval=12, batch_size=8, seed=1)
+    tokenizer = countdown.tokenizer()
+    data.prepare(tokenizer, len(tokenizer))
+    assert data.ledger["train"].counts == {"read": 40, "used": 40}
+    assert data.val_names == ["in", "out"] and len(data.val_examples("out")) == 12
+    assert len(data.train_dataloader()) == 5
+    problems = data.eval_problems()
+    for kind, records in data.val_records().items():
+        assert [r.prompt for r in records] == [p.prompt for p in problems[kind]]
+    ids, labels = data.train_examples[0]
+    prompt, completion = countdown.demonstrations(40, 1)[0]
+    assert tokenizer.decode(ids) == f"{prompt}{completion}<eos>"
+    assert tokenizer.decode(labels[labels != -100]) == f"{completion}<eos>"  # no more, no less
+    other = CountdownData(num_demonstrations=40, num_eval=12, seed=2)
+    assert other.eval_problems() == problems  # the same for every seed
+    assert list(other.train_records()) != list(data.train_records())
+
+
+def test_data_of_pretraining():
+    data = CountdownData("pretraining", num_pretraining=50, wrong=0.0, num_eval=4, seed=3)
+    pairs = [(record.prompt, record.completion) for record in data.train_records()]
+    assert pairs == countdown.pretraining(50, 3, 0.0)
+    with pytest.raises(ValueError, match="wrong"):
+        CountdownData(wrong=1.5)

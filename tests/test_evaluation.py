@@ -129,8 +129,15 @@ def test_callback_logs_before_and_during_training(tmp_path):
     before = {}
     for name, problems in Data().eval_problems().items():
         before |= _expected(module, name, problems[:5], callback)
-    trainer = _trainer(tmp_path, callback)
+    seen = {}
+
+    class Sanity(pl.Callback):
+        def on_sanity_check_end(self, trainer, pl_module):
+            seen.update(trainer.callback_metrics)
+
+    trainer = _trainer(tmp_path, callback, callbacks=[callback, Sanity()])
     trainer.fit(module, datamodule=Data())
+    assert {k: float(v) for k, v in seen.items()} == pytest.approx(before)
     assert [row["step"] for row in callback.history] == [0, 4, 8]
     assert callback.history[0] == pytest.approx({"step": 0, **before})
     assert before["val/mixed/pass@4"] > before["val/mixed/pass@1"] > 0
@@ -157,26 +164,22 @@ def test_every_and_validate(tmp_path):
     assert metrics["val/mixed/pass@1"] == pytest.approx(callback.history[-1]["val/mixed/pass@1"])
 
 
-def test_ranks_share_the_problems(monkeypatch):
+def test_ranks_share_the_problems():
     """Two ranks, simulated: their counts add up to those of one."""
 
-    class Rank:
-        world_size, datamodule = 2, Data()
-
-        def __init__(self, rank):
-            self.global_rank, self.strategy = rank, self
-
+    class Strategy:
         def reduce(self, counts, reduce_op):
             assert reduce_op == "sum"
             return counts
 
-    class One(Rank):
-        world_size = 1
+    def rank(rank, world_size):
+        fixed = {"global_rank": rank, "world_size": world_size, "strategy": Strategy()}
+        return type("Rank", (pl.Trainer,), {"__init__": lambda self: None, **fixed})()
 
     module, callback = Module(), _callback()
     problems = Data().eval_problems()["mixed"]
-    parts = [callback._sampled(Rank(r), module, "mixed", problems) for r in range(2)]
-    whole = callback._sampled(One(0), module, "mixed", problems)
+    parts = [callback._sampled(rank(r, 2), module, "mixed", problems) for r in range(2)]
+    whole = callback._sampled(rank(0, 1), module, "mixed", problems)
     assert torch.equal(parts[0] + parts[1], whole)
     assert all(part.sum() < whole.sum() for part in parts)
 

@@ -1,18 +1,22 @@
 """`gift`: LightningCLI over every stage, with a folder for each run and one-sentence errors."""
 
+import logging
 import os
 import sys
-import traceback
 from collections.abc import Sequence
-from typing import Any
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
+import transformers
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 
 from gift_lightning import countdown, data, evaluation, models, references, sft, targets
+from gift_lightning.errors import one_sentence, own_error
 from gift_lightning.module import PolicyModule
 from gift_lightning.run import ExportHF, Report, SaveConfig, fresh_folder
 
@@ -24,9 +28,18 @@ _DEFAULTS: dict[str, Any] = {
     "default_root_dir": "runs/gift",
     "gradient_clip_val": 1.0,
     "log_every_n_steps": 10,
+    "enable_model_summary": False,
     "num_sanity_val_steps": -1,  # a whole validation before training: step 0 of every curve
     "use_distributed_sampler": False,  # the data modules deal samples to devices themselves
 }
+
+
+class _Parser(LightningArgumentParser):
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:  # an inner parser that tries whether a value fits
+            super().error(message, ex)
+        print(f"gift: error: {one_sentence(message)}", file=sys.stderr)
+        sys.exit(2)
 
 
 class GiftCLI(LightningCLI):
@@ -42,6 +55,7 @@ class GiftCLI(LightningCLI):
             save_config_callback=SaveConfig,
             seed_everything_default=0,
             trainer_defaults=_DEFAULTS,
+            parser_class=_Parser,
             parser_kwargs={"prog": "gift"},
             args=list(args) if args is not None else None,
             run=run,
@@ -50,13 +64,19 @@ class GiftCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Nothing: Lightning would merge a checkpoint's hyper-parameters over the flags."""
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        pass
-
     def before_instantiate_classes(self) -> None:
         if self.subcommand == "fit":
             trainer = self.config[self.subcommand].trainer
             trainer.default_root_dir = str(fresh_folder(trainer.default_root_dir))
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except BaseException:
+            if subcommand == "fit":
+                with suppress(OSError):  # not empty: something was written, and stays
+                    Path(self.trainer.default_root_dir).rmdir()
+            raise
 
     def _instantiate_trainer(
         self, config: dict[str, Any], callbacks: list[pl.Callback]
@@ -82,21 +102,19 @@ class GiftCLI(LightningCLI):
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point of the `gift` command.
 
-    An error that this package raises itself is one sentence and exit code 1; anything else is a
-    defect and keeps its traceback.
+    An error that this package raises itself is one sentence and exit code 1, a command line or
+    config that does not parse one sentence and exit code 2; anything else is a defect and keeps its
+    traceback.
     """
     sys.path.insert(0, os.getcwd())  # a target in the user's own file: --model.target mine.Mine
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()
     try:
         GiftCLI(args)
     except Exception as error:
-        if isinstance(error, ValueError | RuntimeError) and _is_ours(error):
-            print(f"gift: error: {error}", file=sys.stderr)
-            sys.exit(1)
-        raise
-
-
-def _is_ours(error: BaseException) -> bool:
-    """Whether the innermost frame that raised is this package's."""
-    frames = list(traceback.walk_tb(error.__traceback__))
-    return bool(frames) and frames[-1][0].f_globals.get("__name__", "").startswith("gift_lightning")
+        ours = own_error(error)
+        if ours is None:
+            raise
+        print(f"gift: error: {ours}", file=sys.stderr)
+        sys.exit(1)

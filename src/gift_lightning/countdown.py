@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations, combinations_with_replacement
-from typing import Literal
+from typing import Literal, NamedTuple, TypeAlias
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -24,7 +24,18 @@ from gift_lightning.records import Record, Rejected
 
 Split = Literal["train", "demonstration", "validation", "test"]
 Kind = Literal["any", "in", "out"]
-Tree = int | tuple[str, "Tree", "Tree"]
+
+
+class Operation(NamedTuple):
+    """An inner node of an expression."""
+
+    operator: str
+    left: "Tree"
+    right: "Tree"
+
+
+Tree: TypeAlias = int | Operation
+
 
 COUNT = 4  # numbers in a problem
 LARGEST = 9  # numbers are 1 to LARGEST
@@ -33,12 +44,6 @@ OPERATORS = "+-*"
 FORMATS = ("= {}", "answer: {}", "<a>{}</a>", "{} = {target}")
 CHARACTERS = " 0123456789+-*/()=<>:.,?answer"
 
-_COUNTS = (
-    2,
-    3,
-    COUNT,
-    COUNT,
-)  # pretraining also shows shorter problems, where arithmetic is learned sooner
 _MAX_CHARACTERS = 128  # a longer completion is wrong without being read
 _MAX_DEPTH = 16
 _SHARES: dict[Split, int] = {
@@ -198,7 +203,7 @@ def _trees(numbers: tuple[int, ...], target: int, operators: str) -> Iterator[Tr
                     if _apply(operator, a, b) == target:
                         for one in _trees(left, a, operators):
                             for other in _trees(right, b, operators):
-                                yield operator, one, other
+                                yield Operation(operator, one, other)
 
 
 def needed(numbers: Iterable[int], target: int) -> frozenset[str] | None:
@@ -222,7 +227,7 @@ def render(tree: Tree, every: bool = False) -> str:
 
 def _wrapped(tree: Tree, weak: tuple[str, ...], every: bool) -> str:
     text = render(tree, every)
-    return f"({text})" if isinstance(tree, tuple) and (every or tree[0] in weak) else text
+    return f"({text})" if isinstance(tree, Operation) and (every or tree[0] in weak) else text
 
 
 # Problems and corpora
@@ -300,7 +305,7 @@ def pretraining(n: int, seed: int = 0, wrong: float = 0.5) -> list[tuple[str, st
     rng = random.Random(keyed_seed(seed, "countdown pretraining"))
     pairs: list[tuple[str, str]] = []
     while len(pairs) < n:
-        numbers = [rng.randint(1, LARGEST) for _ in range(rng.choice(_COUNTS))]
+        numbers = [rng.randint(1, LARGEST) for _ in range(COUNT)]
         tree = _random_tree(rng, numbers)
         text = render(tree, every=rng.random() < 0.2)
         parsed = parse(text)
@@ -313,7 +318,7 @@ def pretraining(n: int, seed: int = 0, wrong: float = 0.5) -> list[tuple[str, st
         if rng.random() < 0.2:
             text = re.sub(r"([-+*])", r" \1 ", text)
         form = rng.choice(FORMATS)
-        shown = Problem(tuple(rng.sample(numbers, len(numbers))), target)
+        shown = Problem(tuple(rng.sample(numbers, COUNT)), target)
         pairs.append((shown.prompt, form.format(text, target=target)))
     return pairs
 
@@ -322,7 +327,8 @@ def _random_tree(rng: random.Random, numbers: list[int]) -> Tree:
     if len(numbers) == 1:
         return numbers[0]
     cut = rng.randint(1, len(numbers) - 1)
-    return rng.choice(OPERATORS), _random_tree(rng, numbers[:cut]), _random_tree(rng, numbers[cut:])
+    operator = rng.choice(OPERATORS)
+    return Operation(operator, _random_tree(rng, numbers[:cut]), _random_tree(rng, numbers[cut:]))
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

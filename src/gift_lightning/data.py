@@ -162,6 +162,8 @@ class SFTData(pl.LightningDataModule):
             raise ValueError(f"max_rejected is a share between 0 and 1, not {max_rejected}.")
         self.train_sources = _sources(train)
         named = val if isinstance(val, dict) else {} if val is None else {"val": val}
+        if "train" in named:
+            raise ValueError("val: a validation set cannot be named 'train'; rename it.")
         for name in named:
             if name in Source.__dataclass_fields__:
                 raise ValueError(f"val: {name!r} is a source option, not a name; check the others.")
@@ -317,6 +319,12 @@ class SFTData(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Batch]:
         assert self._sampler is not None
         return self._loader(self._train, self._sampler)
+
+    def one_pass(self) -> DataLoader[Batch]:
+        """This rank's share of an epoch's samples in order, apart from the training position."""
+        targets = self._train.num_targets
+        order = Sequential(self._epoch_ids, targets, self.batch_size, self._world, self._rank)
+        return self._loader(self._train, order)
 
     def val_dataloader(self) -> list[DataLoader[Batch]]:
         """One loader per validation set, in the order of `val_names`."""

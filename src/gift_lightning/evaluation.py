@@ -1,7 +1,7 @@
 """Unbiased pass@k on problems with a verifier, during training."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -13,6 +13,7 @@ from gift_lightning.generation import generate
 from gift_lightning.order import keyed_seed
 
 
+@runtime_checkable
 class Verifiable(Protocol):
     """A problem with a prompt and a check of its answers."""
 
@@ -105,12 +106,10 @@ class PassAtK(Callback):
             if self._validations % self.every:
                 return
         metrics = self.evaluate(trainer, pl_module)
-        # What a module logs in the sanity check is thrown away: step 0 goes to the loggers.
-        if trainer.sanity_checking:
+        pl_module.log_dict(metrics)
+        if trainer.sanity_checking:  # the trainer keeps what is logged here from its loggers
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=0)
-        else:
-            pl_module.log_dict(metrics, rank_zero_only=False, sync_dist=False)
         self.history.append({"step": trainer.global_step, **metrics})
 
     def evaluate(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:

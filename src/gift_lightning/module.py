@@ -159,6 +159,8 @@ class PolicyModule(pl.LightningModule):
             self.log_dict({f"train/{k}": float(v) for k, v in self.step_metrics().items()})
             self._tokens_since_log, self._last_log = 0, time.perf_counter()
         self._step = _Step()
+        if self.global_step == self.trainer.max_steps:
+            self.trainer.should_stop = True  # the last step is validated, wherever it falls
 
     def step_metrics(self) -> dict[str, Any]:
         """What is logged after an optimizer step; a stage adds its own."""
@@ -190,7 +192,9 @@ class PolicyModule(pl.LightningModule):
         state = super().state_dict(*args, **kwargs)
         if self.strict_loading:
             return state
-        frozen = {name for name, p in self.named_parameters() if not p.requires_grad}
+        # A tied head has two names, of which the default list gives one.
+        named = self.named_parameters(remove_duplicate=False)
+        frozen = {name for name, p in named if not p.requires_grad}
         return {name: value for name, value in state.items() if name not in frozen}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

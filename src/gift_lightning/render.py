@@ -122,6 +122,10 @@ class _Renderer:
         added = tokenizer.added_tokens_decoder.items()
         self.special = set(tokenizer.all_special_ids) | {i for i, t in added if t.special}
         self.prefix = self._prefix()
+        # Texts that cannot fit are not tokenised: a stray file of megabytes would take minutes.
+        fits = rendering.max_length is None or rendering.truncation != "drop"
+        self.most = None if fits else rendering.max_length
+        self.widest = max(map(len, tokenizer.get_vocab()), default=1)
 
     def _prefix(self) -> list[int]:
         """The tokens that the tokenizer puts before any text: BOS, or none."""
@@ -187,10 +191,14 @@ class _Renderer:
             before = self.rendering.prompt_text(prompt)
             start = 0 if self.rendering.loss_on == "all" else len(before)
             draft = _Draft(record.origin, before + completion, [(start, len(before + completion))])
-        self.check_text(draft.text)
+        self.check_text(draft.text, draft.spans[0][0])
         return draft
 
-    def check_text(self, text: str) -> None:
+    def check_text(self, text: str, start: int = 0) -> None:
+        """Refuse what cannot be tokenised or cannot fit; `start` characters of it are prompt."""
+        if self.most is not None and len(text) > self.most * self.widest:
+            which = "prompt longer" if start > self.most * self.widest else "longer"
+            raise BadRecord(f"{which} than max_length {self.most}: {len(text)} characters")
         if "\0" in text:
             raise BadRecord("NUL character in the text")
         try:

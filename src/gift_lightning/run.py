@@ -58,6 +58,16 @@ class Report(Callback):
     def __init__(self) -> None:
         self.before: dict[str, float] = {}
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            sizes = [p.numel() for p in pl_module.parameters() if p.requires_grad]
+            total = sum(p.numel() for p in pl_module.parameters())
+            Console().print(
+                f"{type(pl_module).__name__} towards {getattr(pl_module, 'target', 'its objective')}: "
+                f"{sum(sizes):,} of {total:,} parameters, "
+                f"{int(trainer.estimated_stepping_batches)} steps"
+            )
+
     def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The validation before training is step 0 of the log."""
         self.before = {k: float(v) for k, v in trainer.callback_metrics.items()}

@@ -78,7 +78,7 @@ class SFT(PolicyModule):
         if self.target.is_resolved:
             return
         assert self.reference is not None, "guarded by Target.check"
-        batches = self.trainer.datamodule.train_dataloader()  # type: ignore[attr-defined]
+        batches = self.trainer.datamodule.one_pass()  # type: ignore[attr-defined]
         parts = []
         for batch in track(batches, "Reference surprise of the training data", transient=True):
             batch = self.transfer_batch_to_device(batch, self.device, 0)
