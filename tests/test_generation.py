@@ -194,3 +194,13 @@ def test_no_prompt_and_bad_arguments(model):
     for wrong in ({"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.1}):
         with pytest.raises(ValueError, match="change them"):
             sample(model, PROMPTS, 3, **OPTIONS, **wrong)
+
+
+def test_nan_is_reported(model):
+    weight = model.get_output_embeddings().weight
+    kept = weight.data.clone()
+    weight.data.fill_(float("nan"))
+    for temperature in (0.0, 1.0):
+        with pytest.raises(FloatingPointError, match="NaN"):
+            sample(model, PROMPTS, 2, temperature=temperature, **OPTIONS)
+    weight.data.copy_(kept)

@@ -22,7 +22,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
@@ -104,17 +104,17 @@ class CachedTopK(Reference):
             return
         cache = _Cache(Path(self.path))
         meta, size = cache.meta, len(policy.head.weight)
-        if meta["vocab_size"] != size:
+        if meta.vocab_size != size:
             raise ValueError(
-                f"the reference cache {self.path!r} has a vocabulary of {meta['vocab_size']} "
+                f"the reference cache {self.path!r} has a vocabulary of {meta.vocab_size} "
                 f"entries, the policy of {size}: a reference must share the policy's vocabulary."
             )
-        if meta["k"] != self.k:
-            raise _stale(self.path, [f"k ({meta['k']} before, {self.k} now)"])
+        if meta.k != self.k:
+            raise _stale(self.path, [f"k ({meta.k} before, {self.k} now)"])
         model = _model_identity(policy, self.source)
-        if not _same_model(meta["model"], model):
+        if not _same_model(meta.model, model):
             raise _stale(
-                self.path, [f"the model ({_shown(meta['model'])} before, {_shown(model)} now)"]
+                self.path, [f"the model ({_shown(meta.model)} before, {_shown(model)} now)"]
             )
         self._cache = cache
         cache.report()
@@ -131,9 +131,9 @@ class CachedTopK(Reference):
         """
         meta = self.cache.meta
         changed = []
-        if meta["tokenizer"] != _tokenizer_digest(tokenizer):
+        if meta.tokenizer != _tokenizer_digest(tokenizer):
             changed.append("the tokenizer")
-        if meta["template"] != _template_digest(tokenizer):
+        if meta.template != _template_digest(tokenizer):
             changed.append("the chat template")
         for name, samples in sets.items():
             keys, _ = _keys(samples)
@@ -162,7 +162,7 @@ class CachedTopK(Reference):
             read("ids").long(),
             read("logp"),
             read("tail"),
-            self.cache.meta["vocab_size"],
+            self.cache.meta.vocab_size,
         )
 
     def write(
@@ -221,20 +221,19 @@ class CachedTopK(Reference):
             tail = np.exp(arrays["tail"], dtype=np.float64)
             for array in arrays.values():
                 array.flush()
-            meta = {
-                "format": _FORMAT,
-                "model": _model_identity(policy, self.source),
-                "tokenizer": _tokenizer_digest(tokenizer),
-                "template": _template_digest(tokenizer),
-                "sets": {name: len(s) for name, s in sets.items()},
-                "samples": len(order),
-                "tokens": total,
-                "k": self.k,
-                "vocab_size": vocab_size,
-                "mean_tail": float(tail.mean()),
-                "max_tail": float(tail.max()),
-            }
-            (tmp / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+            meta = _Meta(
+                model=_model_identity(policy, self.source),
+                tokenizer=_tokenizer_digest(tokenizer),
+                template=_template_digest(tokenizer),
+                sets={name: len(s) for name, s in sets.items()},
+                samples=len(order),
+                tokens=total,
+                k=self.k,
+                vocab_size=vocab_size,
+                mean_tail=float(tail.mean()),
+                max_tail=float(tail.max()),
+            )
+            (tmp / "meta.json").write_text(json.dumps(asdict(meta), indent=2) + "\n")
             _publish(tmp, final)
         finally:
             shutil.rmtree(tmp, ignore_errors=True)
@@ -290,6 +289,23 @@ class _CachedRows:
         return out.scatter_(-1, labels, self.logp_y[rows, None].to(out.dtype))
 
 
+@dataclass(frozen=True)
+class _Meta:
+    """What a cache was made from, its sizes, and the mass outside the top k and the label."""
+
+    model: dict[str, str]
+    tokenizer: str
+    template: str
+    sets: dict[str, int]
+    samples: int
+    tokens: int
+    k: int
+    vocab_size: int
+    mean_tail: float
+    max_tail: float
+    format: int = _FORMAT
+
+
 class _Cache:
     """An opened folder.
 
@@ -300,24 +316,26 @@ class _Cache:
     def __init__(self, path: Path) -> None:
         self.path = path
         if not (path / "meta.json").is_file():
-            found = "holds no finished reference cache" if path.exists() else "does not exist"
-            raise ValueError(f"{str(path)!r} {found}: make one with `{_COMMAND}`.")
+            found = "is no finished reference cache" if path.exists() else "does not exist"
+            raise ValueError(f"the folder {str(path)!r} {found}: make one with `{_COMMAND}`.")
         try:
-            self.meta: dict[str, Any] = json.loads((path / "meta.json").read_text())
-            version = self.meta["format"]
+            meta = json.loads((path / "meta.json").read_text())
+            version = meta["format"]
         except (ValueError, KeyError, TypeError) as error:
             raise self._damaged("meta.json", error) from error
         if version != _FORMAT:
             raise _stale(str(path), [f"the format ({version} before, {_FORMAT} now)"])
-        missing = {"model", "tokenizer", "template", "vocab_size", "mean_tail"} - set(self.meta)
-        if missing:
-            raise self._damaged("meta.json", f"no {min(missing)}")
-        try:
-            shapes = _shapes(self.meta["tokens"], self.meta["k"])
-            self.index = self._open("samples", np.dtype(np.int64), (self.meta["samples"], 3))
-        except KeyError as error:
-            raise self._damaged("meta.json", f"no {error}") from error
-        self.arrays = {name: self._open(name, *shape) for name, shape in shapes.items()}
+        names = [field.name for field in fields(_Meta)]
+        if missing := [name for name in names if name not in meta]:
+            raise self._damaged("meta.json", f"no {missing[0]!r}")
+        self.meta = _Meta(**{name: meta[name] for name in names})
+        self.index = self._open("samples", np.dtype(np.int64), (self.meta.samples, 3))
+        keys, starts = self.index[:, 0], self.index[:, 1]
+        ends = starts + self.index[:, 2]
+        if (np.diff(keys) <= 0).any() or (starts < 0).any() or (ends > self.meta.tokens).any():
+            raise self._damaged("samples.npy", "an entry is out of place")
+        shapes = _shapes(self.meta.tokens, self.meta.k).items()
+        self.arrays = {name: self._open(name, *shape) for name, shape in shapes}
 
     def _damaged(self, file: str, why: object) -> ValueError:
         return ValueError(
@@ -358,9 +376,9 @@ class _Cache:
     def report(self) -> None:
         m = self.meta
         Console().print(
-            f"Reference: top {m['k']} of {m['vocab_size']} classes of {_shown(m['model'])}, cached "
-            f"for {m['samples']:,} samples, {m['tokens']:,} tokens. Probability left out: "
-            f"{m['mean_tail']:.2g} on average, {m['max_tail']:.2g} at most; twice that bounds the "
+            f"Reference: top {m.k} of {m.vocab_size} classes of {_shown(m.model)}, cached "
+            f"for {m.samples:,} samples, {m.tokens:,} tokens. Probability left out: "
+            f"{m.mean_tail:.2g} on average, {m.max_tail:.2g} at most; twice that bounds the "
             "error of the distribution in L1.",
             highlight=False,
             markup=False,

@@ -52,7 +52,7 @@ _SHARES: dict[Split, int] = {
     "validation": 15,
     "test": 10,
 }  # percent of the problems
-_KINDS: tuple[Kind, ...] = ("in", "out")
+_KINDS: tuple[Kind, ...] = ("in", "out", "any")
 _EXPRESSION = r"([0-9+\-*() ]{1,128})"
 _ANSWERS = tuple(
     re.compile(form.format(_EXPRESSION), re.ASCII)
@@ -80,8 +80,7 @@ class Problem:
 
 
 def verify(text: str, numbers: Iterable[int], target: int) -> bool:
-    """Whether `text` is one answer in a known format that uses each number once and has the value
-    `target`.
+    """Whether `text` is one right answer in a known format, with each number used once.
 
     The whole completion must be the answer (spaces around it apart): a second answer, an echo of
     the prompt or a remark makes it wrong. There is no unary sign, no division, no power, and only
@@ -94,7 +93,7 @@ def verify(text: str, numbers: Iterable[int], target: int) -> bool:
         if match := pattern.fullmatch(text):
             expression, *stated = match.groups()
             parsed = parse(expression)
-            # "{} = {target}" must also state the value it claims
+            # Only the last format states a value.
             return (
                 parsed is not None
                 and parsed[0] == target
@@ -285,22 +284,23 @@ def demonstrations(
 ) -> list[tuple[str, str]]:
     """(prompt, completion) pairs in the first format: one right answer each.
 
-    Problems of kind ``in`` are answered by + and - without parentheses, such as ``= 9-1-1+7``.
+    What + and - can solve is answered by them, without parentheses if possible: ``= 9-1-1+7``.
     """
     rng = random.Random(keyed_seed(seed, "countdown demonstrations", split, kind))
     pairs = []
     for problem in problems(split, n, seed, kind):
-        found = solutions(problem.numbers, problem.target, OPERATORS if kind == "out" else "+-")
+        found = solutions(problem.numbers, problem.target, "+-")
+        found = found or solutions(problem.numbers, problem.target, OPERATORS)
         plain = [solution for solution in found if "(" not in solution]
         pairs.append((problem.prompt, FORMATS[0].format(rng.choice(plain or found))))
     return pairs
 
 
-def pretraining(n: int, seed: int = 0, wrong: float = 0.5) -> list[tuple[str, str]]:
-    """(prompt, completion) pairs over the train split: any operators, four formats, two spacings,
-    needless parentheses.
+def pretraining(n: int, seed: int = 0, wrong: float = 0.3) -> list[tuple[str, str]]:
+    """(prompt, completion) pairs over the train split, varied and partly wrong.
 
-    A share `wrong` of the expressions does not have the value that the prompt asks for.
+    Any operators, four formats, with and without spaces and needless parentheses. In a share
+    `wrong` of them the prompt asks for a random target, whatever value the expression has.
     """
     rng = random.Random(keyed_seed(seed, "countdown pretraining"))
     pairs: list[tuple[str, str]] = []
@@ -352,8 +352,8 @@ class CountdownData(SFTData):
     """Countdown as training data; made in memory, the same for the same arguments.
 
     Validation: the sets ``in`` (solvable with + and -) and ``out`` (solvable only with a ``*``),
-        with right answers in the demonstrations' format, and the same problems for sampling. No
-        seed changes them, so that runs compare.
+    with right answers in the demonstrations' format, and the same problems for sampling. No seed
+    changes them, so that runs compare.
 
     Args:
         corpus: what to train on: `demonstrations`, or the base model's `pretraining` corpus.
@@ -381,11 +381,8 @@ class CountdownData(SFTData):
         if not 0 <= wrong <= 1:
             raise ValueError(f"data.wrong is a share between 0 and 1, not {wrong}: change it.")
         self.corpus, self.num_eval = corpus, num_eval
-        self.num_demonstrations, self.num_pretraining, self.wrong = (
-            num_demonstrations,
-            num_pretraining,
-            wrong,
-        )
+        self.num_demonstrations = num_demonstrations
+        self.num_pretraining, self.wrong = num_pretraining, wrong
 
     def train_records(self) -> Iterator[Record]:
         if self.corpus == "demonstrations":

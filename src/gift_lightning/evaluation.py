@@ -31,8 +31,7 @@ class PassAtK(Callback):
     LM) and its `tokenizer`. Logged for each set: ``val/<set>/pass@<k>``, ``val/<set>/pass@<k>_se``
     and ``val/<set>/truncated`` (share of the samples without an end token, all counted as wrong).
     Every evaluation draws from the same random streams, so that differences between two of them are
-    differences of the model. The sanity check before training is logged as step 0. Ranks share the
-    problems, and all get the same numbers.
+    differences of the model. Ranks share the problems, and all get the same numbers.
 
     Attributes:
         history: one dict of metrics for each evaluation, with its `step`.
@@ -107,9 +106,6 @@ class PassAtK(Callback):
                 return
         metrics = self.evaluate(trainer, pl_module)
         pl_module.log_dict(metrics)
-        if trainer.sanity_checking:  # the trainer keeps what is logged here from its loggers
-            for logger in trainer.loggers:
-                logger.log_metrics(metrics, step=0)
         self.history.append({"step": trainer.global_step, **metrics})
 
     def evaluate(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:

@@ -78,8 +78,7 @@ def generate(
     batch_size: int = 256,
     keys: Sequence[int] | None = None,
 ) -> list[list[Completion]]:
-    """`num_samples` completions of each prompt, in the order of the prompts. The model's modes are
-    restored.
+    """`num_samples` completions of each prompt, in their order; the model's modes are restored.
 
     Args:
         prompts: token ids; of any lengths, none empty.
@@ -90,6 +89,7 @@ def generate(
 
     Raises:
         ValueError: an empty prompt, a negative temperature, or top_p outside (0, 1].
+        FloatingPointError: the model gives NaN.
     """
     if temperature < 0 or not 0 < top_p <= 1:
         raise ValueError(
@@ -101,7 +101,7 @@ def generate(
             f"prompt {[bool(p) for p in prompts].index(False)} is empty: give every prompt a token."
         )
     keys = range(len(prompts)) if keys is None else keys
-    # by length, so that little padding is computed; the sort is stable
+    # By length, so that little padding is computed; the sort is stable.
     rows = [
         (p, k)
         for p in sorted(range(len(prompts)), key=lambda p: len(prompts[p]))
@@ -116,7 +116,7 @@ def generate(
                     _uniforms(keyed_seed(seed, "sample", keys[p], k), max_new_tokens)
                     for p, k in chunk
                 ]
-            ).to(model.device)
+            ).to(model.device, _precision(model.device))
             needed = sorted({p for p, _ in chunk})
             place = {p: i for i, p in enumerate(needed)}
             done = _decode(
@@ -138,6 +138,10 @@ def _uniforms(seed: int, n: int) -> Float[Tensor, " n"]:
     return torch.rand(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+def _precision(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+
+
 def _decode(
     model: PreTrainedModel,
     prompts: list[Sequence[int]],
@@ -153,7 +157,7 @@ def _decode(
     longest = max(map(len, prompts))
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     ids = torch.tensor([[pad_id] * (longest - len(p)) + list(p) for p in prompts], device=device)
-    # no mask at all where nothing is padded: attention is faster without
+    # No mask at all where nothing is padded: attention is faster without.
     mask = torch.arange(longest, device=device) >= longest - lengths[:, None]
     padded = not bool(mask.all())
     cache = DynamicCache(config=model.config)
@@ -192,6 +196,10 @@ def _decode(
             past_key_values=cache,
             use_cache=True,
         ).logits[:, -1]
+    if logprobs.isnan().any():
+        raise FloatingPointError(
+            "The model's logits are NaN: its weights or its inputs are broken."
+        )
     return [
         _completion(t, s, eos_ids) for t, s in zip(tokens.tolist(), logprobs.tolist(), strict=True)
     ]
@@ -204,14 +212,16 @@ def draw(
     top_p: float,
 ) -> Int[Tensor, " rows"]:
     """Tokens by inversion: the first whose cumulative probability exceeds the uniform number.
-    Temperature 0: the largest logit.
 
-    `top_p` keeps the likeliest tokens up to and including the one with which their mass reaches
-    `top_p`.
+    Args:
+        logits: unnormalised log-probabilities; -inf is never drawn.
+        uniform: in [0, 1).
+        temperature: divides the logits; 0 takes the largest.
+        top_p: keeps the likeliest tokens, up to the one with which their mass reaches it.
     """
     if temperature == 0:
         return logits.argmax(-1)
-    probabilities = torch.softmax(logits.double() / temperature, -1)
+    probabilities = torch.softmax(logits.to(_precision(logits.device)) / temperature, -1)
     if top_p < 1:
         ordered, order = torch.sort(probabilities, dim=-1, descending=True, stable=True)
         ordered[ordered.cumsum(-1) - ordered >= top_p] = 0
@@ -219,8 +229,9 @@ def draw(
     cumulative = probabilities.cumsum(-1)
     total = cumulative[:, -1:].contiguous()
     chosen = torch.searchsorted(cumulative, uniform[:, None].to(total) * total, right=True)
-    # rounding can push the product up to the total: never go past the last token that has mass
-    return torch.minimum(chosen, torch.searchsorted(cumulative, total))[:, 0]
+    # Rounding can push the product up to the total: never go past the last token that has mass.
+    last = torch.searchsorted(cumulative, total)
+    return torch.minimum(chosen, last).clamp(max=logits.shape[-1] - 1)[:, 0]  # NaN is past the end
 
 
 def _completion(tokens: list[int], logprobs: list[float], eos_ids: frozenset[int]) -> Completion:

@@ -1,0 +1,5 @@
+"""`python -m gift_lightning` is `gift`."""
+
+from gift_lightning.cli import main
+
+main()

@@ -1,0 +1,212 @@
+"""The command line as a user meets it: a run, a swapped target, a wrong word."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from gift_lightning.cli import main
+from gift_lightning.run import fresh_folder
+
+ROOT = Path(__file__).parents[1]
+TINY = """
+model:
+  class_path: SFT
+  init_args:
+    model:
+      class_path: gift_lightning.models.tiny_llama
+      init_args: {hidden_size: 16, num_layers: 1, num_heads: 2}
+    target: {class_path: GIFT, init_args: {beta: 3}}
+    reference: FrozenCopy
+data:
+  class_path: CountdownData
+  init_args: {num_demonstrations: 64, num_eval: 8, batch_size: 16}
+trainer:
+  max_steps: 2
+  log_every_n_steps: 1
+  enable_progress_bar: false
+  default_root_dir: runs/tiny
+"""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty folder with a tiny config, as the working directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    Path("tiny.yaml").write_text(TINY)
+    return tmp_path
+
+
+def fit(*flags: str) -> None:
+    main(["fit", "--config", "tiny.yaml", *flags])
+
+
+def refused(capsys, *flags: str) -> str:
+    """The one sentence that a refused run says; nothing is left behind."""
+    with pytest.raises(SystemExit) as stopped:
+        main(list(flags) if flags[:1] == ("fit",) else ["fit", "--config", "tiny.yaml", *flags])
+    assert stopped.value.code not in (0, None)
+    assert not Path("runs").exists() or not any(Path("runs").iterdir())
+    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("gift: error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_a_run_leaves_config_metrics_checkpoints_and_a_loadable_model(here, capsys):
+    fit()
+    run = Path("runs/tiny")
+    assert yaml.safe_load((run / "config.yaml").read_text())["model"]["init_args"]["target"]
+    rows = list(csv.DictReader((run / "metrics.csv").open()))
+    names = {name for row in rows for name, value in row.items() if value}
+    assert {"train/loss", "train/nll", "train/label_mass", "train/gamma", "train/entropy"} <= names
+    assert {"train/kl_target", "train/kl_reference", "train/grad_norm"} <= names
+    assert {"train/tokens_per_second", "train/peak_memory_gib", "train/softened"} <= names
+    assert {"val/in/nll", "val/out/nll", "val/in/kl_reference"} <= names
+    assert [p.name for p in (run / "checkpoints").glob("*.ckpt")]
+    model = AutoModelForCausalLM.from_pretrained(run / "hf")
+    tokenizer = AutoTokenizer.from_pretrained(run / "hf")
+    assert model.config.vocab_size == len(tokenizer)
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    printed = capsys.readouterr().out
+    assert "Before and after training" in printed and str(run) in printed
+
+
+def test_the_saved_config_trains_the_same_model_again(here):
+    fit("--model.target.beta", "5")
+    main(["fit", "--config", "runs/tiny/config.yaml"])
+    first, again = (
+        AutoModelForCausalLM.from_pretrained(f"runs/{name}/hf").state_dict()
+        for name in ("tiny", "tiny-1")
+    )
+    assert all(torch.equal(first[k], again[k]) for k in first)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--model.target", "DFT"], "SFT towards DFT()"),
+        (["--model.target", "GIFT", "--model.target.beta", "8"], "GIFT(beta=8.0"),
+        (["--model.target", "LabelSmoothing", "--model.target.epsilon", "0.1"], "epsilon=0.1"),
+        (["--model", "GIFTSFT", "--model.beta", "8"], "GIFTSFT towards GIFT(beta=8.0"),
+        (["--model", "StandardSFT"], "StandardSFT towards OneHot()"),
+        (["--model", "TargetSFT", "--model.eta", "0.2"], "TargetSFT(eta=0.2"),
+        (["--model.target", "mine.Mine", "--model.target.power", "0.3"], "Mine(power=0.3)"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_swapping_the_method_is_one_flag(here, capsys, flags, said):
+    Path("mine.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from gift_lightning.targets import Target\n\n"
+        "@dataclass(frozen=True)\n"
+        "class Mine(Target):\n"
+        "    power: float = 0.5\n"
+        "    def label_weight(self, t):\n"
+        "        return t.p_y**self.power\n"
+    )
+    fit(*flags)
+    assert said in capsys.readouterr().out
+
+
+def test_a_resumed_run_obeys_its_flags_and_writes_to_its_own_folder(here, capsys):
+    fit()
+    last = next(Path("runs/tiny/checkpoints").glob("*step=2*.ckpt"))
+    fit("--ckpt_path", str(last), "--trainer.max_steps", "3", "--model.target.beta", "9")
+    assert "GIFT(beta=9.0" in capsys.readouterr().out
+    rows = list(csv.DictReader(Path("runs/tiny-1/metrics.csv").open()))
+    assert [row["step"] for row in rows if row["train/loss"]] == ["2"]
+
+
+def test_a_new_folder_for_every_run(tmp_path):
+    assert fresh_folder(tmp_path / "run").name == "run"
+    for _ in range(2):
+        made = fresh_folder(tmp_path / "run")
+        made.mkdir()
+        (made / "file").touch()
+    assert fresh_folder(tmp_path / "run").name == "run-2"
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (["--model.target", "Nope"], ["model.target", "'Nope' names no class", "GIFT", "OneHot"]),
+        (["--model.target.betta", "3"], ["model.target", "'betta' is no option of GIFT"]),
+        (["--model.tarrget", "DFT"], ["model", "'tarrget' is no option of SFT"]),
+        (["--trainer.max_stepz", "3"], ["--trainer.max_stepz"]),
+        (["--model.reference", "null"], ["GIFT needs a reference", "--model.reference FrozenCopy"]),
+        (["--model.target.beta", "-1"], ["GIFT: beta", "-1"]),
+        (["--model.target.beta", "nan"], ["model.target.beta", "nan"]),
+        (["--model.target.trust", "1.5"], ["GIFT: trust", "1.5"]),
+        (["--model.schedule.name", "cosinus"], ["model.schedule.name", "cosine"]),
+        (["--model.schedule.warmup", "50"], ["do not fit", "model.schedule.warmup"]),
+        (["--model.reference", "AdapterOff"], ["adapters to turn off", "lora"]),
+        (["--data.batch_size", "0"], ["batch_size must be at least 1"]),
+        (["--data", "SFTData", "--data.train", "gone.jsonl"], ["gone.jsonl does not exist"]),
+        (["--data", "SFTData", "--data.train", "empty.jsonl"], ["empty.jsonl"]),
+        (["--data", "SFTData", "--data.train", "columns.jsonl"], ["columns.jsonl", "'a'"]),
+        (["--model.model.pretrained", "x"], ["'pretrained' is no option of"]),
+        (["--model.model", "gift_lightning.models.causal_lm"], ["pretrained"]),
+        (
+            [
+                "--model.model",
+                "gift_lightning.models.causal_lm",
+                "--model.model.pretrained",
+                "no/such/folder",
+            ],
+            ["model.pretrained='no/such/folder' cannot be loaded"],
+        ),
+        (["fit", "--config", "gone.yaml"], ["gone.yaml"]),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) and x[0].startswith("-") else "",
+)
+def test_wrong_input_is_one_sentence_and_leaves_nothing(here, capsys, flags, parts):
+    Path("empty.jsonl").touch()
+    Path("columns.jsonl").write_text('{"a": "1", "b": "2", "c": "3"}\n')
+    said = refused(capsys, *flags)
+    for part in parts:
+        assert part in said, said
+
+
+def test_a_teacher_with_another_vocabulary_is_refused(here, capsys):
+    from gift_lightning.models import tiny_llama
+
+    model = tiny_llama(hidden_size=16, num_layers=1, num_heads=2)
+    model.resize_token_embeddings(99)
+    model.save_pretrained("teacher")
+    said = refused(
+        capsys, "--model.reference", "FrozenCopy", "--model.reference.pretrained", "teacher"
+    )
+    assert "teacher" in said and "99" in said and "vocabulary" in said
+
+
+def test_a_defect_keeps_its_traceback(here):
+    Path("broken.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from gift_lightning.targets import Target\n\n"
+        "@dataclass(frozen=True)\n"
+        "class Broken(Target):\n"
+        "    def label_weight(self, t):\n"
+        "        return t.no_such_thing\n"
+    )
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        fit("--model.target", "broken.Broken")
+
+
+def test_the_command_exists_and_explains_itself():
+    for flags, word in (
+        (["fit", "--help"], "--model"),
+        (["fit", "--model.target.help", "GIFT"], "nats"),
+    ):
+        shown = subprocess.run(
+            [sys.executable, "-m", "gift_lightning", *flags],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert word in shown.stdout
