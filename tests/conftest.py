@@ -28,7 +28,7 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _check_annotations() -> None:
-    """Shapes and types that functions of the package are annotated with are checked at each call."""
+    """The shapes and types in the package's annotations are checked at every call."""
     assert "gift_lightning" not in sys.modules, "the hook must come before the package"
     modules = (x.stem for x in (REPOSITORY / "src" / "gift_lightning").glob("*.py"))
     names = [f"gift_lightning.{x}" for x in modules if x not in UNCHECKED]

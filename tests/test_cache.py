@@ -417,6 +417,14 @@ def test_adapters_do_not_matter(tmp_path):
     CachedTopK(str(tmp_path / "c"), V).setup(moving)
 
 
+def test_adapters_that_rewrite_the_base_are_refused(tmp_path):
+    of = policy(lora=Lora(r=2, extra={"init_lora_weights": "pissa"}))
+    with pytest.raises(ValueError, match="rewrites the base by init_lora_weights='pissa'"):
+        CachedTopK(str(tmp_path / "c"), 4).write(of, tokenizer(), {"t": samples(2)})
+    assert list(tmp_path.iterdir()) == []
+    CachedTopK(str(tmp_path / "c"), 4, FrozenCopy()).write(of, tokenizer(), {"t": samples(2)})
+
+
 def test_dropout_is_off_while_writing(tmp_path):
     of, batch = policy(attention_dropout=0.5), a_batch(samples(12), range(12))
     cached = made(tmp_path / "c", of=of)

@@ -49,7 +49,6 @@ def test_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     outputs = [output for cell in cells for output in cell.outputs]
     assert all(cell.execution_count for cell in cells)
-    assert not any(output.get("name") == "stderr" for output in outputs), "noise in a notebook"
     assert any("image/png" in output.get("data", {}) for output in outputs)
     closing = cells[-1].outputs[-1].data["text/markdown"]
     assert "nan" not in re.findall(r"\w+", closing)

@@ -25,7 +25,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -45,7 +45,13 @@ from gift_lightning.models import embedded_path
 from gift_lightning.modes import adapter_off, scoring
 from gift_lightning.order import MicroBatch
 from gift_lightning.policy import Policy, supervised_labels
-from gift_lightning.references import FrozenCopy, Reference, _projected
+from gift_lightning.references import (
+    FrozenCopy,
+    Reference,
+    Samples,
+    _projected,
+    require_intact_base,
+)
 from gift_lightning.target import Distribution
 
 _FORMAT = 1  # of the folder
@@ -53,15 +59,6 @@ _BYTES = 1 << 18  # about as much is hashed of each weight
 _PAGE = 1 << 12  # bytes of each of about 4096 places in a weight file
 # Of a model's config: what does not change its log-probabilities.
 _NO_FUNCTION = ("transformers_version", "_name_or_path", "dtype", "architectures", "use_cache")
-
-
-@runtime_checkable
-class Samples(Protocol):
-    """Tokenised samples, `data.Examples` or a list: `input_ids` and `labels` [t] of each."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, i: int, /) -> tuple[Tensor, Tensor]: ...
 
 
 class CachedTopK(Reference):
@@ -185,7 +182,8 @@ class CachedTopK(Reference):
             overwrite: replace a cache that is there.
 
         Raises:
-            ValueError: if it is there already, cannot be written, or nothing is supervised.
+            ValueError: if it is there already, cannot be written, or nothing is supervised; or if
+                the adapters have changed the base.
         """
         final, vocab_size = Path(self.path).absolute(), len(policy.head.weight)
         _check_free(final, overwrite)
@@ -195,6 +193,8 @@ class CachedTopK(Reference):
             )
         if self.source is not None:
             self.source.setup(policy)
+        else:
+            require_intact_base(policy)
         samples: Any = ConcatDataset([cast(Any, s) for s in sets.values()])
         order, index = _layout(samples)
         total = int(index[order, 2].sum())

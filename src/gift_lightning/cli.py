@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -15,13 +16,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 
-from gift_lightning import countdown, data, evaluation, models, references, sft, targets
+from gift_lightning import cache, countdown, data, evaluation, models, references, sft, targets
 from gift_lightning.errors import one_sentence, own_error
 from gift_lightning.module import PolicyModule
 from gift_lightning.run import ExportHF, Report, SaveConfig, fresh_folder
 
 # What a config may name without its module: every class in these is imported here.
-__all__ = ["countdown", "data", "evaluation", "models", "references", "sft", "targets"]
+__all__ = ["cache", "countdown", "data", "evaluation", "models", "references", "sft", "targets"]
 
 _DEFAULTS: dict[str, Any] = {
     "max_epochs": 1,
@@ -42,6 +43,34 @@ class _Parser(LightningArgumentParser):
         sys.exit(2)
 
 
+class GiftTrainer(pl.Trainer):
+    """Lightning's Trainer with the commands that are not its own."""
+
+    def cache_reference(
+        self, model: PolicyModule, datamodule: data.SFTData, overwrite: bool = False
+    ) -> None:
+        """Write the reference's most likely tokens for all data, so that training runs without it.
+
+        Args:
+            model: with reference CachedTopK, whose path is written.
+            datamodule: whose training and validation sets are cached.
+            overwrite: replace a cache that is there.
+
+        Raises:
+            ValueError: if the model's reference is no CachedTopK, or it cannot be written.
+        """
+        if not isinstance(model.reference, cache.CachedTopK):
+            raise ValueError(
+                "cache-reference writes what model.reference reads: set `--model.reference "
+                "CachedTopK --model.reference.path FOLDER`."
+            )
+        datamodule.prepare(model.tokenizer, model.vocab_size)
+        datamodule.report()
+        model.policy.to(self.strategy.root_device)
+        batch_size = datamodule.batch_size
+        model.reference.write(model.policy, model.tokenizer, datamodule.sets, batch_size, overwrite)
+
+
 class GiftCLI(LightningCLI):
     """LightningCLI whose flags mean what they say, also when a checkpoint is resumed."""
 
@@ -49,6 +78,7 @@ class GiftCLI(LightningCLI):
         super().__init__(
             PolicyModule,
             pl.LightningDataModule,
+            trainer_class=GiftTrainer,
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
@@ -60,6 +90,10 @@ class GiftCLI(LightningCLI):
             args=list(args) if args is not None else None,
             run=run,
         )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {**LightningCLI.subcommands(), "cache_reference": {"model", "datamodule"}}
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: Lightning would merge a checkpoint's hyper-parameters over the flags."""
@@ -106,8 +140,11 @@ def main(args: Sequence[str] | None = None) -> None:
     config that does not parse one sentence and exit code 2; anything else is a defect and keeps its
     traceback.
     """
+    args = list(sys.argv[1:] if args is None else args)
+    args[:1] = [word.replace("-", "_") if word[:1] != "-" else word for word in args[:1]]
     sys.path.insert(0, os.getcwd())  # a target in the user's own file: --model.target mine.Mine
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # of Lightning, about itself
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
     try:

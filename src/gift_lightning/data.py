@@ -312,6 +312,11 @@ class SFTData(pl.LightningDataModule):
         """The tokenised training samples; `sample_ids` of a batch are its indices."""
         return self._train
 
+    @property
+    def sets(self) -> dict[str, Examples]:
+        """The tokenised samples of every set, training and validation, by name."""
+        return {"train": self._train, **{name: self.val_examples(name) for name in self.val_names}}
+
     def val_examples(self, name: str) -> Examples:
         """The tokenised samples of a validation set."""
         return self._val[self.val_names.index(name)][0]

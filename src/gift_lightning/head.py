@@ -10,7 +10,7 @@ distribution they read ahead.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -56,6 +56,7 @@ class Head:
         return gradient if self.scale == 1.0 else gradient.mul_(self.scale)
 
 
+@runtime_checkable
 class ReferenceRows(Protocol):
     """The reference's distribution for the supervised tokens of one micro-batch, made on demand."""
 

@@ -10,7 +10,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from gift_lightning.collate import Batch
 from gift_lightning.diagnostics import peak_memory_gib
@@ -81,6 +81,8 @@ class PolicyModule(pl.LightningModule):
         self.policy.verify(packing=getattr(data, "packing", False))
         if self.reference is not None:
             self.reference.setup(self.policy)
+            if data is not None and hasattr(data, "sets"):
+                self.reference.check_data(self.tokenizer, data.sets)
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
@@ -118,7 +120,7 @@ class PolicyModule(pl.LightningModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # A stream of random numbers of its own for each micro-batch: nothing needs saving.
         seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
-        key = (self.current_epoch, batch_idx, self.global_rank)
+        key = (self.global_step, self._step.num_micro_batches, self.global_rank)
         torch.manual_seed(keyed_seed(seed, "dropout", *key))
         if self._probe is None and self.reference is not None:
             self._probe = Probe(self.reference, self.policy, batch)
@@ -126,6 +128,7 @@ class PolicyModule(pl.LightningModule):
     def note_micro_batch(self, batch: Batch, loss: Tensor) -> None:
         """Tells the guard and the throughput count about a micro-batch; `loss` is its share."""
         step = self._step
+        step.num_micro_batches += 1
         step.loss = step.loss + loss.detach()
         step.num_targets = batch["step_tokens"]
         step.sample_ids += batch["sample_ids"].tolist()
@@ -203,9 +206,9 @@ class PolicyModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.guard.load_state_dict(checkpoint["step_guard"])
 
-    def export(self, folder: str, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    def export(self, folder: str) -> None:
         """Writes a Hugging Face folder: safetensors, tokenizer, generation config."""
-        (tokenizer or self.tokenizer).save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
         self.model.save_pretrained(folder)
         base_model(self.model).generation_config.save_pretrained(folder)
 
@@ -214,6 +217,7 @@ class _Step:
     """What is known of the optimizer step that is being accumulated."""
 
     def __init__(self) -> None:
+        self.num_micro_batches = 0
         self.loss: Tensor = torch.zeros(())
         self.num_targets = 0
         self.sample_ids: list[int] = []

@@ -2,12 +2,14 @@
 
 import copy
 from abc import ABC, abstractmethod
-from typing import Literal
+from collections.abc import Mapping
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from peft import PeftModel
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from gift_lightning.collate import Batch
 from gift_lightning.head import Head, ProjectedRows, ReferenceRows
@@ -15,6 +17,15 @@ from gift_lightning.models import DType, causal_lm
 from gift_lightning.modes import adapter_off, scoring
 from gift_lightning.policy import Policy, supervised_labels
 from gift_lightning.target import Distribution
+
+
+@runtime_checkable
+class Samples(Protocol):
+    """Tokenised samples, `data.Examples` or a list: `input_ids` and `labels` [t] of each."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int, /) -> tuple[Tensor, Tensor]: ...
 
 
 class Reference(ABC):
@@ -32,6 +43,19 @@ class Reference(ABC):
             ValueError: if this reference cannot serve that policy.
         """
 
+    def check_data(  # noqa: B027 (most references read no data)
+        self, tokenizer: PreTrainedTokenizerBase, sets: Mapping[str, Samples]
+    ) -> None:
+        """Called after `setup` with the tokenised data, for references made for certain data.
+
+        Args:
+            tokenizer: the one that made the samples.
+            sets: samples by the name of their set.
+
+        Raises:
+            ValueError: if this reference cannot serve them.
+        """
+
     @abstractmethod
     def rows(self, policy: Policy, batch: Batch) -> ReferenceRows:
         """The reference's distribution at the supervised tokens of the batch, without gradient."""
@@ -47,6 +71,27 @@ class Reference(ABC):
             for i in range(0, len(labels), 256)
         ]
         return torch.cat(parts) if parts else labels.new_zeros(0, dtype=torch.float32)
+
+
+# Other starts of LoRA move a part of the base weights into the adapters.
+_LEAVE_THE_BASE = (True, False, "gaussian", "orthogonal", "eva", "mica")
+
+
+def require_intact_base(policy: Policy) -> None:
+    """Refuses adapters that changed the weights which they were put on.
+
+    Raises:
+        ValueError: if the model without its adapters is not the base.
+    """
+    if not isinstance(policy.model, PeftModel):
+        return
+    for name, config in policy.model.peft_config.items():
+        start = getattr(config, "init_lora_weights", True)
+        if start not in _LEAVE_THE_BASE:
+            raise ValueError(
+                f"adapter {name!r} rewrites the base by init_lora_weights={start!r}, so that "
+                "without it the model is not the base: use another start, or reference FrozenCopy."
+            )
 
 
 def _projected(policy: Policy, batch: Batch) -> ProjectedRows:
@@ -172,6 +217,7 @@ class AdapterOff(Reference):
                 "reference AdapterOff needs adapters to turn off: set model.model.lora, or use "
                 "reference FrozenCopy."
             )
+        require_intact_base(policy)
         configs = policy.model.peft_config.items()
         biased = [name for name, c in configs if getattr(c, "bias", "") != "none"]
         if biased:
