@@ -123,6 +123,15 @@ def test_a_resumed_run_obeys_its_flags_and_writes_to_its_own_folder(here, capsys
     assert [row["step"] for row in rows if row["train/loss"]] == ["2"]
 
 
+def test_a_resumed_run_with_nothing_to_do_is_no_success(here, capsys):
+    fit()
+    last = next(Path("runs/tiny/checkpoints").glob("*step=2*.ckpt"))
+    with pytest.raises(SystemExit) as stopped:
+        fit("--ckpt_path", str(last))
+    assert stopped.value.code == 1
+    assert "nothing was trained: the checkpoint is at step 2" in capsys.readouterr().err
+
+
 def test_a_new_folder_for_every_run(tmp_path):
     assert fresh_folder(tmp_path / "run").name == "run"
     for _ in range(2):
@@ -149,7 +158,10 @@ def test_a_new_folder_for_every_run(tmp_path):
         (["--data.batch_size", "0"], ["batch_size must be at least 1"]),
         (["--data", "SFTData", "--data.train", "gone.jsonl"], ["gone.jsonl does not exist"]),
         (["--data", "SFTData", "--data.train", "empty.jsonl"], ["empty.jsonl"]),
-        (["--data", "SFTData", "--data.train", "columns.jsonl"], ["columns.jsonl", "'a'"]),
+        (
+            ["--data", "SFTData", "--data.train", "columns.jsonl"],
+            ["columns.jsonl", "columns (a, b, c)"],
+        ),
         (["--model.model.pretrained", "x"], ["'pretrained' is no option of"]),
         (["--model.model", "gift_lightning.models.causal_lm"], ["pretrained"]),
         (
@@ -201,7 +213,7 @@ def test_a_defect_keeps_its_traceback(here):
 def test_the_command_exists_and_explains_itself():
     for flags, word in (
         (["fit", "--help"], "--model"),
-        (["fit", "--model.target.help", "GIFT"], "nats"),
+        (["fit", "--model", "SFT", "--model.target.help", "GIFT"], "nats"),
     ):
         shown = subprocess.run(
             [sys.executable, "-m", "gift_lightning", *flags],

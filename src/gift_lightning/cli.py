@@ -25,7 +25,6 @@ from gift_lightning.run import ExportHF, Report, SaveConfig, fresh_folder
 __all__ = ["cache", "countdown", "data", "evaluation", "models", "references", "sft", "targets"]
 
 _DEFAULTS: dict[str, Any] = {
-    "max_epochs": 1,
     "default_root_dir": "runs/gift",
     "gradient_clip_val": 1.0,
     "log_every_n_steps": 10,
@@ -102,6 +101,8 @@ class GiftCLI(LightningCLI):
         if self.subcommand == "fit":
             trainer = self.config[self.subcommand].trainer
             trainer.default_root_dir = str(fresh_folder(trainer.default_root_dir))
+            if trainer.max_epochs is None:  # Lightning would take 1000
+                trainer.max_epochs = 1 if trainer.max_steps == -1 else -1
 
     def _run_subcommand(self, subcommand: str) -> None:
         try:
@@ -111,6 +112,14 @@ class GiftCLI(LightningCLI):
                 with suppress(OSError):  # not empty: something was written, and stays
                     Path(self.trainer.default_root_dir).rmdir()
             raise
+
+    def after_fit(self) -> None:
+        """Refuses to call it a success when a resumed checkpoint left nothing to do."""
+        if not self.model.guard.decided:
+            raise ValueError(
+                f"nothing was trained: the checkpoint is at step {self.trainer.global_step}, where "
+                "this run ends; raise trainer.max_steps or trainer.max_epochs."
+            )
 
     def _instantiate_trainer(
         self, config: dict[str, Any], callbacks: list[pl.Callback]
@@ -140,15 +149,17 @@ def main(args: Sequence[str] | None = None) -> None:
     config that does not parse one sentence and exit code 2; anything else is a defect and keeps its
     traceback.
     """
-    args = list(sys.argv[1:] if args is None else args)
-    args[:1] = [word.replace("-", "_") if word[:1] != "-" else word for word in args[:1]]
+    words = sys.argv[1:] if args is None else list(args)
+    if words[:1] == ["cache-reference"]:  # the CLI names a command after its method
+        words[0] = "cache_reference"
     sys.path.insert(0, os.getcwd())  # a target in the user's own file: --model.target mine.Mine
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # of Lightning, about itself
+    for said in ".*LeafSpec.*", "LightningCLI's args parameter.*":  # Lightning, about itself
+        warnings.filterwarnings("ignore", message=said)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
     try:
-        GiftCLI(args)
+        GiftCLI(words)
     except Exception as error:
         ours = own_error(error)
         if ours is None:

@@ -22,6 +22,7 @@ class StepGuard:
         self.max_skipped = max_skipped
         self.skipped: Counter[str] = Counter()
         self.in_a_row = 0
+        self.decided = 0
 
     def decide(self, loss: Tensor, norm: Tensor, num_tokens: int) -> str | None:
         """Why this step must be skipped, or None.
@@ -34,6 +35,7 @@ class StepGuard:
         Raises:
             Diverged: after `max_skipped` non-finite steps in a row.
         """
+        self.decided += 1
         if num_tokens == 0:
             reason = "no supervised token"
         elif not bool(loss.isfinite()):
