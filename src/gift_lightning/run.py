@@ -89,7 +89,8 @@ class Report(Callback):
     def _table(self, after: dict[str, float]) -> Table:
         sets = list(dict.fromkeys(k.rpartition("/")[0] for k in after if k.startswith("val")))
         columns = [c for c in _COLUMNS if any(f"{s}/{c}" in after for s in sets)]
-        table = Table("validation set", "", *columns, title="Before and after training")
+        heads = [c.removeprefix("mean_token_") for c in columns]
+        table = Table("validation set", "", *heads, title="Before and after training")
         for name in sets:
             for when, metrics in (("before", self.before), ("after", after)):
                 cells = [
