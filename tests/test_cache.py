@@ -8,14 +8,14 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from gift_lightning import cache, functional, targets
+from gift_lightning import cache, functional, identity, targets
 from gift_lightning.cache import CachedTopK
 from gift_lightning.collate import collate
+from gift_lightning.distribution import Distribution
 from gift_lightning.models import Lora
 from gift_lightning.order import MicroBatch
 from gift_lightning.policy import Policy, supervised_labels
 from gift_lightning.references import FrozenCopy, Probe
-from gift_lightning.target import Distribution
 
 V = 23
 # What transformers and peft say about models of this size.
@@ -102,9 +102,10 @@ def test_by_hand(label, expected, dtype):
     p = torch.tensor([[0.4, 0.3, 0.15, 0.1, 0.05]], dtype=dtype)
     y = torch.tensor([label])
     kept = cache._truncate(Distribution(p.log() + 7, y), 2)
-    assert sorted(kept["ids"][0].tolist()) == [0, 1]
-    assert kept["tail"].exp().item() == pytest.approx(sum(expected[2:]) - 0.05 * (label == 4))
-    rows = cache._CachedRows(y, kept["labels"], kept["ids"], kept["logp"], kept["tail"], 5)
+    _, ids, _, tail = kept
+    assert sorted(ids[0].tolist()) == [0, 1]
+    assert tail.exp().item() == pytest.approx(sum(expected[2:]) - 0.05 * (label == 4))
+    rows = cache._CachedRows(y, 5, *kept)
     for out in (None, torch.full((1, 5), math.nan, dtype=dtype)):
         found = rows.logits(slice(0, 1), out)
         assert out is None or found.data_ptr() == out.data_ptr()
@@ -116,8 +117,8 @@ def test_all_classes_kept_leaves_no_tail(tmp_path):
         p = torch.tensor([[0.4, 0.3, 0.15, 0.1, 0.05]])
         y = torch.tensor([label])
         kept = cache._truncate(Distribution(p.log(), y), k)
-        rows = cache._CachedRows(y, kept["labels"], kept["ids"], kept["logp"], kept["tail"], 5)
-        assert kept["tail"].item() == -math.inf
+        rows = cache._CachedRows(y, 5, *kept)
+        assert kept[-1].item() == -math.inf
         torch.testing.assert_close(rows.logits(slice(0, 1)).exp(), p)
 
 
@@ -143,6 +144,21 @@ def test_whole_vocabulary_is_the_frozen_copy(tmp_path):
         torch.testing.assert_close(found, of.head.weight.grad, atol=1e-5, rtol=1e-5)
 
 
+def test_k_above_the_vocabulary_is_the_whole_vocabulary(tmp_path):
+    of, path, batch = policy(), str(tmp_path / "c"), a_batch(samples(12), range(12))
+    cached = made(path, V + 1, of=of)
+    assert cached.meta.k == V and cached.arrays["ids"].shape[1] == V
+    assert cached.meta.max_tail == 0
+    expected = logp(frozen(of), of, batch)
+    for k in (V, V + 1, 1000):  # all mean the same
+        opened = CachedTopK(path, k)
+        opened.setup(of)
+        torch.testing.assert_close(logp(opened, of, batch), expected, atol=1e-6, rtol=1e-6)
+    stale(CachedTopK(path, V - 1), of, r"k \(23 before, 22 now\)")
+    made(tmp_path / "d", 4, of=of)
+    stale(CachedTopK(str(tmp_path / "d"), 1000), of, r"k \(4 before, 23 now\)")
+
+
 @pytest.mark.parametrize("k", [1, 3, 8])
 def test_truncation_bound(tmp_path, k):
     of = policy()
@@ -161,7 +177,7 @@ def test_truncation_bound(tmp_path, k):
     tail = 1 - tail
     error = (found.exp() - exact.exp()).abs().sum(-1)
     assert (error <= 2 * tail + 1e-6).all() and error.max() > 1e-3
-    meta = cached.cache.meta
+    meta = cached.meta
     assert float(tail.max()) <= meta.max_tail + 1e-6 and meta.mean_tail < meta.max_tail
 
     # The gradient of GIFT moves by at most (1 − γ) as much, its label mass and weight not at all.
@@ -179,7 +195,7 @@ def test_truncation_bound(tmp_path, k):
 
 
 def test_reported_tail(tmp_path, capsys):
-    meta = made(tmp_path / "c", 4).cache.meta
+    meta = made(tmp_path / "c", 4).meta
     said = capsys.readouterr().out
     assert f"{meta.mean_tail:.2g} on average, {meta.max_tail:.2g} at most" in said
     assert "top 4 of 23" in said
@@ -224,7 +240,7 @@ def test_every_sample_once(tmp_path, monkeypatch):
         return original(self, batch)
 
     monkeypatch.setattr(Policy, "hidden", hidden)
-    meta = made(tmp_path / "c", sets={"train": repeated, "val": train[2:4]}).cache.meta
+    meta = made(tmp_path / "c", sets={"train": repeated, "val": train[2:4]}).meta
     assert [sorted(ids) for ids in seen] == [[0, 1, 2, 3, 4], [5, 6]]
     assert (meta.samples, meta.sets) == (7, {"train": 9, "val": 2})
     assert meta.tokens == sum(int((labels[1:] != -100).sum()) for _, labels in train)
@@ -371,14 +387,14 @@ def test_stale_model(tmp_path):
 
 
 def test_large_weights_are_sampled_in_every_row_and_column(monkeypatch):
-    monkeypatch.setattr(cache, "_BYTES", 64)
-    before = cache._weight_digest(policy())
+    monkeypatch.setattr(identity, "_BYTES", 64)
+    before = identity._weight_digest(policy())
     weight = "model.layers.1.mlp.up_proj.weight"  # [16, 16], 1024 bytes
     for part in (slice(None), (slice(None), 3), (5, slice(None))):
         other = policy()
         with torch.no_grad():
             other.model.get_parameter(weight)[part] += 1
-        assert cache._weight_digest(other) != before
+        assert identity._weight_digest(other) != before
 
 
 def test_stale_k_vocabulary_and_format(tmp_path):
@@ -482,10 +498,10 @@ def test_policy_in_another_dtype(tmp_path):
 
 def test_arrays_are_mapped_and_read_only(tmp_path):
     cached = made(tmp_path / "c", 4)
-    for array in (cached.cache.index, *cached.cache.arrays.values()):
+    for array in (cached.index, *cached.arrays.values()):
         assert isinstance(array, np.memmap) and not array.flags.writeable
     with pytest.raises(ValueError, match="read-only"):
-        cached.cache.arrays["logp"][0] = 0
+        cached.arrays["logp"][0] = 0
     before = {f.name: f.read_bytes() for f in (tmp_path / "c").iterdir()}
     of, batch = policy(), a_batch(samples(12), range(12))
     rows = cached.rows(of, batch)
@@ -551,8 +567,6 @@ def test_what_cannot_be_written(tmp_path, monkeypatch):
     of, train = policy(), {"t": samples(2)}
     with pytest.raises(ValueError, match="k is 1 or more, got 0"):
         CachedTopK(str(tmp_path / "c"), 0)
-    with pytest.raises(ValueError, match="k=24 is more than the vocabulary of 23"):
-        CachedTopK(str(tmp_path / "c"), 24).write(of, tokenizer(), train)
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot be written"):
         CachedTopK(str(tmp_path / "file" / "c"), 3).write(of, tokenizer(), train)

@@ -43,6 +43,11 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
+def logged(run: Path) -> list[dict[str, str]]:
+    with (run / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
 def fit(*flags: str) -> None:
     main(["fit", "--config", "tiny.yaml", *flags])
 
@@ -62,7 +67,7 @@ def test_a_run_leaves_config_metrics_checkpoints_and_a_loadable_model(here, caps
     fit()
     run = Path("runs/tiny")
     assert yaml.safe_load((run / "config.yaml").read_text())["model"]["init_args"]["target"]
-    rows = list(csv.DictReader((run / "metrics.csv").open()))
+    rows = logged(run)
     names = {name for row in rows for name, value in row.items() if value}
     assert {"train/loss", "train/nll", "train/label_mass", "train/gamma", "train/entropy"} <= names
     assert {"train/kl_target", "train/kl_reference", "train/grad_norm"} <= names
@@ -119,7 +124,7 @@ def test_a_resumed_run_obeys_its_flags_and_writes_to_its_own_folder(here, capsys
     last = next(Path("runs/tiny/checkpoints").glob("*step=2*.ckpt"))
     fit("--ckpt_path", str(last), "--trainer.max_steps", "3", "--model.target.beta", "9")
     assert "GIFT(beta=9.0" in capsys.readouterr().out
-    rows = list(csv.DictReader(Path("runs/tiny-1/metrics.csv").open()))
+    rows = logged(Path("runs/tiny-1"))
     assert [row["step"] for row in rows if row["train/loss"]] == ["2"]
 
 

@@ -10,7 +10,8 @@ import torch
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
-from gift_lightning.data import Ledger, SFTData
+from gift_lightning.data import SFTData
+from gift_lightning.examples import Ledger
 from gift_lightning.records import Record, Rejected, Source
 from test_render import CHATML, byte_tokenizer
 

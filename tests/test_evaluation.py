@@ -9,7 +9,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gift_lightning import countdown
+from gift_lightning import countdown_data
 from gift_lightning.evaluation import PassAtK
 from gift_lightning.functional import pass_at_k
 from gift_lightning.generation import generate
@@ -42,7 +42,7 @@ class Module(pl.LightningModule):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.tokenizer = countdown.tokenizer()
+        self.tokenizer = countdown_data.tokenizer()
         config = LlamaConfig(
             vocab_size=len(self.tokenizer),
             hidden_size=16,

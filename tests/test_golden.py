@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from gift_lightning.distribution import Distribution
 from gift_lightning.functional import IGNORED, label_mass, pass_at_k, token_loss
-from gift_lightning.target import Distribution, Tokens, evaluate
+from gift_lightning.loss import evaluate
+from gift_lightning.target import Tokens
 from gift_lightning.targets import (
     ASFT,
     DEFT,

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from formulas import ALL, Halfway
-from gift_lightning import head
+from gift_lightning import head, matmul
 from gift_lightning.functional import IGNORED, token_loss
 from gift_lightning.head import Head, ProjectedRows, fused_token_loss, head_loss
 from gift_lightning.target import Target
@@ -306,7 +306,7 @@ def test_bfloat16_is_computed_in_float32(target: Target) -> None:
 
 def test_bfloat16_heads_wider_than_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
     """A narrow head is widened a block of the vocabulary at a time."""
-    monkeypatch.setattr(head, "_VOCABULARY_BLOCK", 10)
+    monkeypatch.setattr(matmul, "_VOCABULARY_BLOCK", 10)
     test_bfloat16_is_computed_in_float32(GIFT(3.0))
 
 
@@ -373,9 +373,9 @@ def matmuls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter]:
 
         monkeypatch.setattr(head, name, call)
 
-    counted("_matmul_nt", lambda h, w, out: w.shape[1])
-    counted("_matmul_nn", lambda g, w, dtype: w.shape[1])
-    counted("_add_matmul_tn", lambda total, g, h: h.shape[1])
+    counted("matmul_nt", lambda h, w, out: w.shape[1])
+    counted("matmul_nn", lambda g, w, dtype: w.shape[1])
+    counted("add_matmul_tn", lambda total, g, h: h.shape[1])
     yield counts
 
 
@@ -503,13 +503,13 @@ def test_what_is_kept_until_the_backward_pass() -> None:
 
 def test_the_default_chunk_is_about_two_to_the_25_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
-    original = head._chunks
+    original = head.chunks
 
     def spy(n: int, size: int) -> Iterator[slice]:
         sizes.append(size)
         return original(n, size)
 
-    monkeypatch.setattr(head, "_chunks", spy)
+    monkeypatch.setattr(head, "chunks", spy)
     x = make_inputs(torch.float32, d=1, e=1, v=200_000)
     fused(OneHot(), x, (x.hidden, x.weight, x.bias), chunk_size=None)
     assert 64 <= sizes[-1] <= 2**25 / 200_000 + 64

@@ -3,7 +3,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from gift_lightning.order import MicroBatch, MicroBatches, Sequential, keyed_seed, windows
+from gift_lightning.order import MicroBatch, MicroBatches, Sequential, keyed_seed
 
 
 def lengths_of(n):
@@ -12,7 +12,11 @@ def lengths_of(n):
 
 def sampler(n=23, **options):
     lengths = lengths_of(n)
-    return MicroBatches(range(n), lengths, lengths - 1, **options)
+    return MicroBatches(np.arange(n), lengths, lengths - 1, **options)
+
+
+def windows(n, size, seed, epoch):
+    return sampler(n, batch_size=size, seed=seed).windows(epoch)
 
 
 def test_keyed_seed_is_fixed_and_distinct():
@@ -118,16 +122,16 @@ def test_start_skips_in_its_epoch_only():
 
 
 def test_repeated_samples_count_each_time():
-    order = MicroBatches([0, 0, 1], [4, 9], [3, 8], batch_size=3)
+    order = MicroBatches(np.array([0, 0, 1]), np.array([4, 9]), np.array([3, 8]), batch_size=3)
     assert list(order) == [MicroBatch((1, 0, 0), 14, 3)]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_validation_repeats_nothing(world):
-    ids, targets = [0, 1, 2, 4, 5], [1, 2, 3, 100, 5, 6]
+    ids, targets = np.array([0, 1, 2, 4, 5]), np.array([1, 2, 3, 100, 5, 6])
     ranks = [list(Sequential(ids, targets, 2, world, rank)) for rank in range(world)]
     assert len({len(rank) for rank in ranks}) == 1
     assert len(ranks[0]) == len(Sequential(ids, targets, 2, world, 0))
     seen = [i for rank in ranks for m in rank for i in m.sample_ids]
-    assert sorted(seen) == ids
+    assert sorted(seen) == ids.tolist()
     assert {(m.step_tokens, m.step_sequences) for rank in ranks for m in rank} == {(17, 5)}

@@ -18,7 +18,7 @@ COMMANDS = [
     for line in block.strip().splitlines()
 ]
 GIFT = [line.partition("&& ")[2] or line for line in COMMANDS if "gift " in line]
-SHORT = "--trainer.max_steps 2 --data.num_demonstrations 64 --data.num_eval 8".split()
+SHORT = ["--trainer.max_steps", "2", "--data.num_demonstrations", "64", "--data.num_eval", "8"]
 
 
 @pytest.fixture(scope="module")

@@ -93,6 +93,7 @@ def test_columns(tmp_path):
     assert (record.prompt, record.completion) == ("2+2?", "so 4")
     record = only(tmp_path, {"input": "2+2?", "target": 4}, prompt="input", completion="target")
     assert (record.prompt, record.completion) == ("2+2?", "4")
+    assert only(tmp_path, {"question": "q", "answer": 10**400}).completion == str(10**400)
     both = {"problem": "p", "solution": "s", "question": "q", "answer": "a"}
     with pytest.raises(ValueError, match="which columns hold prompt and completion"):
         only(tmp_path, both, format="columns")

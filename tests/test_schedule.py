@@ -1,5 +1,7 @@
 """Schedules by hand-computed learning rates, and the guard's arithmetic."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -33,7 +35,7 @@ def test_linear_and_cosine_fall_to_zero():
 def test_warmup_stable_decay_has_three_parts():
     seen = rates(Schedule("warmup_stable_decay", warmup=2, decay=0.4), 10)
     assert seen[:7] == [0, 0.5, 1, 1, 1, 1, 1]
-    assert all(a > b for a, b in zip(seen[6:], seen[7:], strict=False))
+    assert all(a > b for a, b in pairwise(seen[6:]))
     floor = rates(Schedule("warmup_stable_decay", decay=4, min_lr_ratio=0.5), 12)
     assert min(floor) >= 0.5
 

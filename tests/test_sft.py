@@ -15,7 +15,7 @@ from gift_lightning.functional import token_loss
 from gift_lightning.models import Lora, tiny_llama
 from gift_lightning.records import Record
 from gift_lightning.references import AdapterOff, FrozenCopy
-from gift_lightning.sft import SFT, GIFTSFT, StandardSFT, TargetSFT
+from gift_lightning.sft import GIFTSFT, SFT, StandardSFT, TargetSFT
 from gift_lightning.targets import DFT, GIFT, IWSFT, PSFT, OneHot, Target
 
 

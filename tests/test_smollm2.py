@@ -38,7 +38,8 @@ trainer:
   default_root_dir: runs/real
 """)
     main(["fit", "--config", "real.yaml"])
-    rows = list(csv.DictReader(Path("runs/real/metrics.csv").open()))
+    with Path("runs/real/metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
     nll = [float(row["val/nll"]) for row in rows if row["val/nll"]]
     assert len(nll) == 2 and nll[1] < nll[0] - 0.02
     checkpoint = next(Path("runs/real/checkpoints").glob("epoch*.ckpt"))

@@ -23,8 +23,10 @@ from formulas import (
     documented_minus_published,
     make_case,
 )
+from gift_lightning.distribution import Distribution
 from gift_lightning.functional import label_mass, token_loss
-from gift_lightning.target import Distribution, LabelView, Target, Tokens, evaluate
+from gift_lightning.loss import evaluate
+from gift_lightning.target import LabelView, Target, Tokens
 from gift_lightning.targets import (
     ASFT,
     DEFT,

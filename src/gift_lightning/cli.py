@@ -16,13 +16,31 @@ from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 
-from gift_lightning import cache, countdown, data, evaluation, models, references, sft, targets
+from gift_lightning import (
+    cache,
+    countdown_data,
+    data,
+    evaluation,
+    models,
+    references,
+    sft,
+    targets,
+)
 from gift_lightning.errors import one_sentence, own_error
 from gift_lightning.module import PolicyModule
 from gift_lightning.run import ExportHF, Report, SaveConfig, fresh_folder
 
 # What a config may name without its module: every class in these is imported here.
-__all__ = ["cache", "countdown", "data", "evaluation", "models", "references", "sft", "targets"]
+__all__ = [
+    "cache",
+    "countdown_data",
+    "data",
+    "evaluation",
+    "models",
+    "references",
+    "sft",
+    "targets",
+]
 
 _DEFAULTS: dict[str, Any] = {
     "default_root_dir": "runs/gift",
@@ -154,7 +172,8 @@ def main(args: Sequence[str] | None = None) -> None:
         words[0] = "cache_reference"
     sys.path.insert(0, os.getcwd())  # a target in the user's own file: --model.target mine.Mine
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    for said in ".*LeafSpec.*", "LightningCLI's args parameter.*":  # Lightning, about itself
+    # What Lightning says about itself, or about what is meant here.
+    for said in ".*LeafSpec.*", "LightningCLI's args.*", ".*logging interval.*", ".*has changed.*":
         warnings.filterwarnings("ignore", message=said)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()

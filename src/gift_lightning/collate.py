@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from gift_lightning.functional import IGNORED
 from gift_lightning.order import MicroBatch
-from gift_lightning.render import IGNORE
 
 
 class Batch(TypedDict):
@@ -26,26 +26,21 @@ class Batch(TypedDict):
     sequence_ids: Int[Tensor, "r t"]
     """Which sample of the batch a token belongs to, in order of appearance; -1 for padding."""
     sample_ids: Int[Tensor, " s"]
-    """Dataset index of each sample."""
+    """Dataset index of each sample, in the order of `sequence_ids`."""
     step_tokens: int
-    """Learned tokens of the whole optimizer step, over all its micro-batches and ranks."""
     step_sequences: int
-    """Samples of the whole optimizer step."""
+    """Learned tokens and samples of the whole optimizer step: all its micro-batches, all ranks."""
 
 
 def pack(lengths: Sequence[int], width: int) -> list[list[int]]:
     """First-fit-decreasing: the item numbers of each row, at most `width` in sum per row."""
-    rows: list[list[int]] = []
-    free: list[int] = []
+    rows: list[list[int]] = [[] for _ in lengths]
+    free = [width] * len(lengths)
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        row = next((r for r, space in enumerate(free) if space >= lengths[i]), None)
-        if row is None:
-            row = len(rows)
-            rows.append([])
-            free.append(width)
+        row = next(r for r, space in enumerate(free) if space >= lengths[i])
         rows[row].append(i)
         free[row] -= lengths[i]
-    return rows
+    return [row for row in rows if row]
 
 
 def collate(
@@ -65,20 +60,19 @@ def collate(
     assert len(examples) == len(micro_batch.sample_ids)
     lengths = [len(ids) for ids, _ in examples]
     width = max(lengths, default=1)
-    rows = pack(lengths, width) if packing else [[i] for i in range(len(examples))]
-    shape = (max(len(rows), 1), width)
+    rows = (pack(lengths, width) if packing else [[i] for i in range(len(examples))]) or [[]]
+    shape = (len(rows), width)
     input_ids = torch.full(shape, pad_id)
-    labels = torch.full(shape, IGNORE)
+    labels = torch.full(shape, IGNORED)
     position_ids = torch.zeros(shape, dtype=torch.int64)
     sequence_ids = torch.full(shape, -1)
     order: list[int] = []
-    for r, row in enumerate(rows or [[]]):
+    for r, row in enumerate(rows):
         at = 0
         for i in row:
             end = at + lengths[i]
-            input_ids[r, at:end] = examples[i][0]
-            labels[r, at:end] = examples[i][1]
-            labels[r, at] = IGNORE
+            input_ids[r, at:end], labels[r, at:end] = examples[i]
+            labels[r, at] = IGNORED
             position_ids[r, at:end] = torch.arange(lengths[i])
             sequence_ids[r, at:end] = len(order)
             order.append(i)

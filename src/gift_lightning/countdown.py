@@ -2,8 +2,8 @@
 
 A problem is one line, ``3 5 7 2 > 24 : ``, and a completion is an answer in one of `FORMATS`. Most
 problems have many right answers, so a one-hot target teaches something false about them: the
-natural place to look at target distributions. Everything here is a pure function of its arguments;
-nothing is read from disk, and text is parsed by hand, never evaluated.
+natural place to look at target distributions. Everything here is a pure function of its arguments,
+and text is parsed by hand, never evaluated.
 """
 
 import random
@@ -15,12 +15,7 @@ from functools import cache
 from itertools import combinations, combinations_with_replacement
 from typing import Literal, NamedTuple, TypeAlias
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
-
-from gift_lightning.data import SFTData
 from gift_lightning.order import keyed_seed
-from gift_lightning.records import Record, Rejected
 
 Split = Literal["train", "demonstration", "validation", "test"]
 Kind = Literal["any", "in", "out"]
@@ -42,17 +37,11 @@ LARGEST = 9  # numbers are 1 to LARGEST
 TARGETS = range(100)
 OPERATORS = "+-*"
 FORMATS = ("= {}", "answer: {}", "<a>{}</a>", "{} = {target}")
-CHARACTERS = " 0123456789+-*/()=<>:.,?answer"
 
 _MAX_CHARACTERS = 128  # a longer completion is wrong without being read
 _MAX_DEPTH = 16
-_SHARES: dict[Split, int] = {
-    "train": 50,
-    "demonstration": 25,
-    "validation": 15,
-    "test": 10,
-}  # percent of the problems
-_KINDS: tuple[Kind, ...] = ("in", "out", "any")
+# Percent of the problems.
+_SHARES: dict[Split, int] = {"train": 50, "demonstration": 25, "validation": 15, "test": 10}
 _EXPRESSION = r"([0-9+\-*() ]{1,128})"
 _ANSWERS = tuple(
     re.compile(form.format(_EXPRESSION), re.ASCII)
@@ -205,31 +194,20 @@ def _trees(numbers: tuple[int, ...], target: int, operators: str) -> Iterator[Tr
                                 yield Operation(operator, one, other)
 
 
-def needed(numbers: Iterable[int], target: int) -> frozenset[str] | None:
-    """The operators that occur in every solution; None where there is no solution."""
-    found = [frozenset(solution) for solution in solutions(numbers, target)]
-    return frozenset(OPERATORS).intersection(*found) if found else None
-
-
 def render(tree: Tree, every: bool = False) -> str:
     """Text of a tree, with parentheses where the value needs them or around `every` operation."""
     if isinstance(tree, int):
         return str(tree)
     operator, left, right = tree
-    weak = ("+", "-") if operator == "*" else ()
-    return (
-        _wrapped(left, weak, every)
-        + operator
-        + _wrapped(right, ("+", "-") if operator == "-" else weak, every)
-    )
+    a, b = render(left, every), render(right, every)
+    if isinstance(left, Operation) and (every or (operator == "*" and left.operator != "*")):
+        a = f"({a})"
+    if isinstance(right, Operation) and (every or (operator != "+" and right.operator != "*")):
+        b = f"({b})"
+    return a + operator + b
 
 
-def _wrapped(tree: Tree, weak: tuple[str, ...], every: bool) -> str:
-    text = render(tree, every)
-    return f"({text})" if isinstance(tree, Operation) and (every or tree[0] in weak) else text
-
-
-# Problems and corpora
+# Problems
 
 
 def split_of(numbers: Iterable[int], target: int) -> Split:
@@ -246,12 +224,9 @@ def split_of(numbers: Iterable[int], target: int) -> Split:
 def _universe(split: Split, kind: Kind) -> tuple[tuple[tuple[int, ...], int], ...]:
     found = []
     for numbers in combinations_with_replacement(range(1, LARGEST + 1), COUNT):
-        if kind == "in":
-            values = reachable(numbers, "+-")
-        else:
-            values = reachable(numbers) - (
-                reachable(numbers, "+-") if kind == "out" else frozenset()
-            )
+        values = reachable(numbers, "+-" if kind == "in" else OPERATORS)
+        if kind == "out":
+            values -= reachable(numbers, "+-")
         found += [(numbers, t) for t in TARGETS if t in values and split_of(numbers, t) == split]
     return tuple(found)
 
@@ -277,129 +252,3 @@ def problems(split: Split, n: int, seed: int = 0, kind: Kind = "any") -> list[Pr
         Problem(tuple(rng.sample(numbers, COUNT)), target)
         for numbers, target in rng.sample(universe, n)
     ]
-
-
-def demonstrations(
-    n: int = 512, seed: int = 0, kind: Kind = "in", split: Split = "demonstration"
-) -> list[tuple[str, str]]:
-    """(prompt, completion) pairs in the first format: one right answer each.
-
-    What + and - can solve is answered by them, without parentheses if possible: ``= 9-1-1+7``.
-    """
-    rng = random.Random(keyed_seed(seed, "countdown demonstrations", split, kind))
-    pairs = []
-    for problem in problems(split, n, seed, kind):
-        found = solutions(problem.numbers, problem.target, "+-")
-        found = found or solutions(problem.numbers, problem.target, OPERATORS)
-        plain = [solution for solution in found if "(" not in solution]
-        pairs.append((problem.prompt, FORMATS[0].format(rng.choice(plain or found))))
-    return pairs
-
-
-def pretraining(n: int, seed: int = 0, wrong: float = 0.3) -> list[tuple[str, str]]:
-    """(prompt, completion) pairs over the train split, varied and partly wrong.
-
-    Any operators, four formats, with and without spaces and needless parentheses. In a share
-    `wrong` of them the prompt asks for a random target, whatever value the expression has.
-    """
-    rng = random.Random(keyed_seed(seed, "countdown pretraining"))
-    pairs: list[tuple[str, str]] = []
-    while len(pairs) < n:
-        numbers = [rng.randint(1, LARGEST) for _ in range(COUNT)]
-        tree = _random_tree(rng, numbers)
-        text = render(tree, every=rng.random() < 0.2)
-        parsed = parse(text)
-        assert parsed is not None
-        if parsed[0] not in TARGETS:
-            continue
-        target = rng.choice(TARGETS) if rng.random() < wrong else parsed[0]
-        if split_of(numbers, target) != "train":
-            continue
-        if rng.random() < 0.2:
-            text = re.sub(r"([-+*])", r" \1 ", text)
-        form = rng.choice(FORMATS)
-        shown = Problem(tuple(rng.sample(numbers, COUNT)), target)
-        pairs.append((shown.prompt, form.format(text, target=target)))
-    return pairs
-
-
-def _random_tree(rng: random.Random, numbers: list[int]) -> Tree:
-    if len(numbers) == 1:
-        return numbers[0]
-    cut = rng.randint(1, len(numbers) - 1)
-    operator = rng.choice(OPERATORS)
-    return Operation(operator, _random_tree(rng, numbers[:cut]), _random_tree(rng, numbers[cut:]))
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    """One token for each of `CHARACTERS`, besides pad, end and unknown; none is added to a text."""
-    special = ["<pad>", "<eos>", "<unk>"]
-    symbols = special + sorted(set(CHARACTERS))
-    core = Tokenizer(models.WordLevel({s: i for i, s in enumerate(symbols)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    core.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        clean_up_tokenization_spaces=False,
-        model_max_length=128,
-    )
-
-
-class CountdownData(SFTData):
-    """Countdown as training data; made in memory, the same for the same arguments.
-
-    Validation: the sets ``in`` (solvable with + and -) and ``out`` (solvable only with a ``*``),
-    with right answers in the demonstrations' format, and the same problems for sampling. No seed
-    changes them, so that runs compare.
-
-    Args:
-        corpus: what to train on: `demonstrations`, or the base model's `pretraining` corpus.
-        num_demonstrations: rows of the first.
-        num_pretraining: rows of the second.
-        wrong: share of the pretraining rows whose expression misses its target.
-        num_eval: problems in each validation set.
-        batch_size: samples per micro-batch and device.
-        packing: put short samples into one row.
-        seed: of the corpus and the order of its samples.
-    """
-
-    def __init__(
-        self,
-        corpus: Literal["demonstrations", "pretraining"] = "demonstrations",
-        num_demonstrations: int = 512,
-        num_pretraining: int = 192_000,
-        wrong: float = 0.3,
-        num_eval: int = 256,
-        batch_size: int = 64,
-        packing: bool = True,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(train=[], batch_size=batch_size, packing=packing, seed=seed)
-        if not 0 <= wrong <= 1:
-            raise ValueError(f"data.wrong is a share between 0 and 1, not {wrong}: change it.")
-        self.corpus, self.num_eval = corpus, num_eval
-        self.num_demonstrations = num_demonstrations
-        self.num_pretraining, self.wrong = num_pretraining, wrong
-
-    def train_records(self) -> Iterator[Record]:
-        if self.corpus == "demonstrations":
-            return _records(self.corpus, demonstrations(self.num_demonstrations, self.seed))
-        return _records(self.corpus, pretraining(self.num_pretraining, self.seed, self.wrong))
-
-    def val_records(self) -> dict[str, Iterable[Record | Rejected]]:
-        return {
-            kind: _records(kind, demonstrations(self.num_eval, 0, kind, "validation"))
-            for kind in _KINDS
-        }
-
-    def eval_problems(self) -> dict[str, list[Problem]]:
-        """The problems of `val_records`, for sampling."""
-        return {kind: problems("validation", self.num_eval, 0, kind) for kind in _KINDS}
-
-
-def _records(name: str, pairs: list[tuple[str, str]]) -> Iterator[Record]:
-    for i, (prompt, completion) in enumerate(pairs):
-        yield Record(f"countdown {name} {i}", completion, prompt)

@@ -1,114 +1,27 @@
 """The data module: sources in, packed micro-batches out, in an order that survives any restart."""
 
 import hashlib
-from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from itertools import chain
+from typing import Any, TypeAlias
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from jaxtyping import Int
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from gift_lightning.collate import Batch, collate
-from gift_lightning.order import MicroBatch, MicroBatches, Sequential, keyed_seed
+from gift_lightning.collate import Batch
+from gift_lightning.examples import Batches, Examples, Ledger
+from gift_lightning.masks import LossOn
+from gift_lightning.order import MicroBatches, Sequential, keyed_seed, mixture
 from gift_lightning.records import Record, Rejected, Source, read
-from gift_lightning.render import IGNORE, LossOn, Rendering, Truncation, encode_all
+from gift_lightning.render import Rendering, Truncation, encode_all
 
-
-@dataclass
-class Ledger:
-    """What became of every record of a set: read = used + rejected + left out."""
-
-    name: str
-    used: int = 0
-    rejected: list[Rejected] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)
-    """Good records that a source weight below 1 leaves unused."""
-    notes: Counter[str] = field(default_factory=Counter)
-    """What happened to used records on the way, such as truncation."""
-
-    @property
-    def read(self) -> int:
-        return self.used + len(self.rejected) + len(self.left_out)
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Records by outcome, most frequent reason first."""
-        reasons = Counter(item.kind for item in self.rejected)
-        counts = {"read": self.read, "used": self.used, **dict(reasons.most_common())}
-        if self.left_out:
-            counts["left out by weight"] = len(self.left_out)
-        return counts
-
-    def check(self, max_rejected: float) -> None:
-        """Raise ValueError if nothing is left or too large a share is rejected."""
-        share = len(self.rejected) / max(self.read, 1)
-        if self.used and share <= max_rejected:
-            return
-        kinds = Counter(item.kind for item in self.rejected)
-        reasons = ", ".join(f"{kind} ({n})" for kind, n in kinds.most_common(3))
-        found = f"{len(self.rejected)} of {self.read} {self.name} records cannot be used"
-        if self.rejected:
-            found += f": {reasons}; the first is {self.rejected[0]}"
-        if not self.used:
-            raise ValueError(f"No {self.name} record is left to use; {found}.")
-        raise ValueError(f"{found}. Repair them, or raise max_rejected above {share:.3f}.")
-
-
-class Examples(Dataset[tuple[Tensor, Tensor]]):
-    """Tokenised samples in flat arrays; item i is (`input_ids`, `labels`), Int64 [t] each.
-
-    Attributes:
-        lengths: Tokens of each sample, int64 [n].
-        num_targets: Learned tokens of each sample, int64 [n].
-        digest: sha256 over all ids and labels.
-    """
-
-    def __init__(self, samples: Iterable[tuple[list[int], list[int]]]) -> None:
-        ids: list[np.ndarray] = []
-        learned: list[np.ndarray] = []
-        for input_ids, labels in samples:
-            ids.append(np.array(input_ids, dtype=np.int32))
-            learned.append(np.array(labels, dtype=np.int64) != IGNORE)
-        self.lengths = np.array([len(x) for x in ids], dtype=np.int64)
-        self.num_targets = np.array([int(x[1:].sum()) for x in learned], dtype=np.int64)
-        self._offsets = np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64)
-        self._ids = np.concatenate([*ids, np.zeros(0, dtype=np.int32)])
-        self._learned = np.concatenate([*learned, np.zeros(0, dtype=bool)])
-        digest = hashlib.sha256(self._offsets.tobytes())
-        digest.update(self._ids.tobytes())
-        digest.update(self._learned.tobytes())
-        self.digest = digest.hexdigest()
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __getitem__(self, i: int) -> tuple[Int[Tensor, " t"], Int[Tensor, " t"]]:
-        if not 0 <= i < len(self):
-            raise IndexError(i)
-        part = slice(self._offsets[i], self._offsets[i + 1])
-        input_ids = torch.from_numpy(self._ids[part].astype(np.int64))
-        learned = torch.from_numpy(self._learned[part].copy())
-        return input_ids, torch.where(learned, input_ids, IGNORE)
-
-
-class _Batches(Dataset[Batch]):
-    """Batches by `MicroBatch`: with this, a sampler of micro-batches drives a plain DataLoader."""
-
-    def __init__(self, examples: Examples, pad_id: int, packing: bool) -> None:
-        self.examples, self.pad_id, self.packing = examples, pad_id, packing
-
-    def __getitem__(self, micro_batch: MicroBatch) -> Batch:
-        samples = [self.examples[i] for i in micro_batch.sample_ids]
-        return collate(samples, micro_batch, self.pad_id, self.packing)
+Sources: TypeAlias = str | Source | list[str | Source]
 
 
 class SFTData(pl.LightningDataModule):
@@ -116,9 +29,8 @@ class SFTData(pl.LightningDataModule):
 
     Every record read is either trained or listed in `ledger` with its reason. The order of the
     samples depends only on the seed and the epoch, so a resumed run sees what an uninterrupted one
-    would, also with another number of devices if `batch_size` keeps the samples per step.
-
-    A subclass may override `train_records` and `val_records` to bring its own records.
+    would, also with another number of devices if `batch_size` keeps the samples per step. A
+    subclass may override `train_records` and `val_records` to bring its own records.
 
     Args:
         train: What to train on: a path, a source with options, or a list of them.
@@ -138,12 +50,8 @@ class SFTData(pl.LightningDataModule):
 
     def __init__(
         self,
-        train: str | Source | list[str | Source],
-        val: str
-        | Source
-        | list[str | Source]
-        | dict[str, str | Source | list[str | Source]]
-        | None = None,
+        train: Sources,
+        val: Sources | dict[str, Sources] | None = None,
         batch_size: int = 8,
         max_length: int | None = 1024,
         truncation: Truncation = "drop",
@@ -164,36 +72,23 @@ class SFTData(pl.LightningDataModule):
         named = val if isinstance(val, dict) else {} if val is None else {"val": val}
         if "train" in named:
             raise ValueError("val: a validation set cannot be named 'train'; rename it.")
-        for name in named:
-            if name in Source.__dataclass_fields__:
-                raise ValueError(f"val: {name!r} is a source option, not a name; check the others.")
+        for name in named.keys() & Source.__dataclass_fields__.keys():
+            raise ValueError(f"val: {name!r} is a source option, not a name; check the others.")
         self.val_sources = {name: _sources(sources) for name, sources in named.items()}
         self.rendering = Rendering(max_length, truncation, loss_on, chat, prompt_format)
-        self.batch_size = batch_size
-        self.packing = packing
-        self.max_rejected = max_rejected
-        self.num_workers = num_workers
-        self.seed = seed
+        self.batch_size, self.packing = batch_size, packing
+        self.max_rejected, self.num_workers, self.seed = max_rejected, num_workers, seed
         self.ledger: dict[str, Ledger] = {}
-        self.val_names: list[str] = []
-        self._world, self._rank, self._accumulate = 1, 0, 1
+        self._sets: dict[str, tuple[Examples, np.ndarray]] = {}
         self._sampler: MicroBatches | None = None
-
-    # --- records ----------------------------------------------------------------------------
 
     def train_records(self) -> Iterable[Record | Rejected]:
         """The training records; override to bring others (`origin` names them in reports)."""
-        for source in self.train_sources:
-            yield from read(source)
+        return chain.from_iterable(map(read, self.train_sources))
 
     def val_records(self) -> dict[str, Iterable[Record | Rejected]]:
         """The records of each named validation set."""
-        return {
-            name: (record for source in sources for record in read(source))
-            for name, sources in self.val_sources.items()
-        }
-
-    # --- preparation ------------------------------------------------------------------------
+        return {k: chain.from_iterable(map(read, x)) for k, x in self.val_sources.items()}
 
     def prepare(
         self,
@@ -205,31 +100,22 @@ class SFTData(pl.LightningDataModule):
     ) -> None:
         """Read and tokenise everything; `setup` does this with the trainer's values.
 
-        Args:
-            tokenizer: The model's tokenizer.
-            vocab_size: Rows of the model's embedding.
-            world: Number of devices.
-            rank: This device.
-            accumulate: Micro-batches per optimizer step.
+        `vocab_size` counts the rows of the model's embedding, `world` the devices of which this is
+        number `rank`, `accumulate` the micro-batches per optimizer step.
 
         Raises:
             ValueError: A source cannot be read, or too many of its records cannot be used.
         """
-        self._world, self._rank, self._accumulate = world, rank, accumulate
-        self._tokenizer = tokenizer
-        pad = tokenizer.pad_token_id
+        self._tokenizer, pad = tokenizer, tokenizer.pad_token_id
         self._pad_id = pad if pad is not None and pad < vocab_size else 0
-        train = self.train_records()
-        self._train, self._epoch_ids = self._encode("train", train, vocab_size)
-        named = self.val_records()
-        self.val_names = list(named)
-        self._val = [self._encode(name, named[name], vocab_size) for name in named]
-        self._sampler = self._new_sampler()
+        named = {"train": self.train_records(), **self.val_records()}
+        self._sets = {name: self._encode(name, named[name], vocab_size) for name in named}
+        self._deal(world, rank, accumulate)
 
     def _encode(
         self, name: str, records: Iterable[Record | Rejected], vocab_size: int
     ) -> tuple[Examples, np.ndarray]:
-        """The samples of a set, and the sample numbers of one epoch of it, int64 [n]."""
+        """The samples of a set, and their numbers in one epoch of it, int64 [n]."""
         ledger = self.ledger[name] = Ledger(name)
         kept: list[Record] = []
 
@@ -244,24 +130,17 @@ class SFTData(pl.LightningDataModule):
                 yield result.input_ids, result.labels
 
         examples = Examples(samples())
-        ids = _draw(kept, self.seed)
+        ids = mixture([(record.source, record.weight) for record in kept], self.seed)
         drawn = set(ids.tolist())
         ledger.used = len(drawn)
-        ledger.left_out = [r.origin for i, r in enumerate(kept) if i not in drawn]
+        ledger.left_out = [record.origin for i, record in enumerate(kept) if i not in drawn]
         ledger.check(self.max_rejected)
         return examples, ids
 
-    def _new_sampler(self) -> MicroBatches:
-        return MicroBatches(
-            self._epoch_ids,
-            self._train.lengths,
-            self._train.num_targets,
-            self.batch_size,
-            self._accumulate,
-            self._world,
-            self._rank,
-            self.seed,
-        )
+    def _deal(self, world: int, rank: int, accumulate: int) -> None:
+        examples, ids = self._sets["train"]
+        sizes = (examples.lengths, examples.num_targets, self.batch_size)
+        self._sampler = MicroBatches(ids, *sizes, accumulate, world, rank, self.seed)
 
     def setup(self, stage: str) -> None:
         """Prepare for the trainer: tokenizer and vocabulary size come from its module."""
@@ -279,8 +158,7 @@ class SFTData(pl.LightningDataModule):
             self.prepare(module.tokenizer, module.vocab_size, world, rank, accumulate)
             if trainer.is_global_zero:
                 self.report()
-        self._world, self._rank, self._accumulate = world, rank, accumulate
-        self._sampler = self._new_sampler()
+        self._deal(world, rank, accumulate)
 
     def report(self, console: Console | None = None) -> None:
         """Print what became of the records, and one example with its learned part marked."""
@@ -291,79 +169,63 @@ class SFTData(pl.LightningDataModule):
                 table.add_row(name, outcome, str(count))
                 name = ""
         console.print(table)
-        shown = Text("Example (learned tokens are marked):\n", style="bold")
-        input_ids, labels = self._train[int(self._epoch_ids[0])]
-        learned = (labels != IGNORE).tolist()
-        ids, start = input_ids.tolist(), 0
-        for end in range(1, len(ids) + 1):
-            if end == len(ids) or learned[end] != learned[start]:
-                part = str(self._tokenizer.decode(ids[start:end]))
-                part = part if len(part) <= 1000 else f"{part[:500]} [...] {part[-500:]}"
-                shown.append(
-                    part, style="not bold black on green" if learned[start] else "not bold"
-                )
-                start = end
-        console.print(shown)
-
-    # --- loaders ----------------------------------------------------------------------------
-
-    @property
-    def train_examples(self) -> Examples:
-        """The tokenised training samples; `sample_ids` of a batch are its indices."""
-        return self._train
+        examples, ids = self._sets["train"]
+        title = ("Example (learned tokens are marked):\n", "bold")
+        console.print(Text.assemble(title, examples.marked(int(ids[0]), self._tokenizer)))
 
     @property
     def sets(self) -> dict[str, Examples]:
         """The tokenised samples of every set, training and validation, by name."""
-        return {"train": self._train, **{name: self.val_examples(name) for name in self.val_names}}
+        return {name: examples for name, (examples, _) in self._sets.items()}
+
+    @property
+    def train_examples(self) -> Examples:
+        """The tokenised training samples; `sample_ids` of a batch are its indices."""
+        return self.sets["train"]
 
     def val_examples(self, name: str) -> Examples:
         """The tokenised samples of a validation set."""
-        return self._val[self.val_names.index(name)][0]
+        return self.sets[name]
+
+    @property
+    def val_names(self) -> list[str]:
+        """The validation sets, in the order of their loaders."""
+        return [name for name in self._sets if name != "train"]
 
     def train_dataloader(self) -> DataLoader[Batch]:
         assert self._sampler is not None
-        return self._loader(self._train, self._sampler)
+        return self._loader(self.train_examples, self._sampler)
 
     def one_pass(self) -> DataLoader[Batch]:
         """This rank's share of an epoch's samples in order, apart from the training position."""
-        targets = self._train.num_targets
-        order = Sequential(self._epoch_ids, targets, self.batch_size, self._world, self._rank)
-        return self._loader(self._train, order)
+        return self._in_order("train")
 
     def val_dataloader(self) -> list[DataLoader[Batch]]:
         """One loader per validation set, in the order of `val_names`."""
-        return [
-            self._loader(
-                examples,
-                Sequential(ids, examples.num_targets, self.batch_size, self._world, self._rank),
-            )
-            for examples, ids in self._val
-        ]
+        return [self._in_order(name) for name in self.val_names]
+
+    def _in_order(self, name: str) -> DataLoader[Batch]:
+        assert self._sampler is not None
+        (examples, ids), world, rank = self._sets[name], self._sampler.world, self._sampler.rank
+        order = Sequential(ids, examples.num_targets, self.batch_size, world, rank)
+        return self._loader(examples, order)
 
     def _loader(self, examples: Examples, sampler: MicroBatches | Sequential) -> DataLoader[Batch]:
-        # A private generator: the loader would else draw from the global one at every epoch, which
-        # a resumed run does not do as often.
-        generator = torch.Generator().manual_seed(keyed_seed(self.seed, "loader"))
-        return DataLoader(
-            _Batches(examples, self._pad_id, self.packing),
-            batch_size=None,
-            sampler=sampler,
-            num_workers=self.num_workers,
-            generator=generator,
-        )
-
-    # --- position ---------------------------------------------------------------------------
+        # Else a loader draws from the global generator at every epoch: less often after a resume.
+        own = torch.Generator().manual_seed(keyed_seed(self.seed, "loader"))
+        batches, workers = Batches(examples, self._pad_id, self.packing), self.num_workers
+        return DataLoader(batches, None, sampler=sampler, num_workers=workers, generator=own)
 
     @property
     def _identity(self) -> dict[str, str | int]:
         """What the order of the data depends on."""
-        digest = hashlib.sha256(self._train.digest.encode() + self._epoch_ids.tobytes())
+        assert self._sampler is not None
+        examples, ids = self._sets["train"]
         return {
-            "samples": digest.hexdigest(),
+            "samples": hashlib.sha256(examples.digest.encode() + ids.tobytes()).hexdigest(),
             "seed": self.seed,
-            "samples per step": self.batch_size * self._accumulate * self._world,
-            "accumulate_grad_batches": self._accumulate,
+            "samples per step": self._sampler.samples_per_step,
+            "accumulate_grad_batches": self._sampler.accumulate,
         }
 
     @property
@@ -375,15 +237,14 @@ class SFTData(pl.LightningDataModule):
         """The position in the data: the epoch and its micro-batches already trained."""
         if self.trainer is None or self._sampler is None:
             return {}
-        loop = self.trainer.fit_loop
-        epoch: Any = loop.epoch_progress.current
-        batch: Any = loop.epoch_loop.batch_progress.current
+        loop: Any = self.trainer.fit_loop
+        epoch, batch = loop.epoch_progress.current, loop.epoch_loop.batch_progress.current
         # `processed` counts trained batches at every hook; the trainer resumes from it as well.
         done = batch.processed
         if epoch.ready > epoch.started and done:
             raise ValueError(
-                "A checkpoint written in on_train_epoch_start cannot be resumed; "
-                "write it at the end of a step or of an epoch."
+                "A checkpoint written in on_train_epoch_start cannot be resumed; write it at the "
+                "end of a step or of an epoch."
             )
         return {
             "epoch": self._sampler.epoch,
@@ -415,42 +276,25 @@ class SFTData(pl.LightningDataModule):
                 "restore them, or start a new run from the exported weights."
             )
         epoch, done = state_dict["epoch"], state_dict["micro_batches_done"]
-        by_steps = self.trainer.max_steps != -1
-        if not state_dict["epoch_trained"]:
-            if done % self._accumulate:
-                raise ValueError(
-                    f"The checkpoint was written inside an optimizer step, after micro-batch {done}"
-                    f" of epoch {epoch} with accumulate_grad_batches={self._accumulate}; resume "
-                    "from one written at the end of a step."
-                )
-            if done and state_dict["epoch_closed"] and not by_steps:
-                raise ValueError(
-                    f"The checkpoint was written after training stopped inside epoch {epoch}; "
-                    "resume it with trainer.max_steps, or from one written at the end of a step."
-                )
-        elif state_dict["batch_closed"] and (by_steps or not state_dict["epoch_closed"]):
-            # The trainer enters the finished epoch once more, without training in it.
-            done = len(self._sampler)
-        else:
-            epoch, done = epoch + 1, 0
+        by_epochs, accumulate = self.trainer.max_steps == -1, self._sampler.accumulate
+        if state_dict["epoch_trained"]:
+            # The trainer may enter the finished epoch once more, without training in it.
+            again = state_dict["batch_closed"] and not (by_epochs and state_dict["epoch_closed"])
+            epoch, done = (epoch, len(self._sampler)) if again else (epoch + 1, 0)
+        elif done % accumulate:
+            raise ValueError(
+                f"The checkpoint was written inside an optimizer step, after micro-batch {done} "
+                f"of epoch {epoch} with accumulate_grad_batches={accumulate}; resume from one "
+                "written at the end of a step."
+            )
+        elif done and by_epochs and state_dict["epoch_closed"]:
+            raise ValueError(
+                f"The checkpoint was written after training stopped inside epoch {epoch}; resume "
+                "it with trainer.max_steps, or from one written at the end of a step."
+            )
         self._sampler.start(epoch, done)
 
 
-def _sources(value: str | Source | list[str | Source]) -> list[Source]:
+def _sources(value: Sources) -> list[Source]:
     values = value if isinstance(value, list) else [value]
     return [Source(item) if isinstance(item, str) else item for item in values]
-
-
-def _draw(records: list[Record], seed: int) -> np.ndarray:
-    """The record numbers of one epoch, int64 [n]: whole weights repeat, fractions choose."""
-    groups: dict[tuple[str, float], list[int]] = {}
-    for i, record in enumerate(records):
-        groups.setdefault((record.source, record.weight), []).append(i)
-    uses = np.zeros(len(records), dtype=np.int64)
-    for (source, weight), members in groups.items():
-        uses[members] = int(weight)
-        some = round((weight - int(weight)) * len(members))
-        generator = torch.Generator().manual_seed(keyed_seed(seed, "mixture", source))
-        chosen = torch.randperm(len(members), generator=generator)[:some].tolist()
-        uses[[members[i] for i in chosen]] += 1
-    return np.repeat(np.arange(len(records)), uses)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from gift_lightning.target import Evaluation
+from gift_lightning.loss import Evaluation
 
 NAMES = (
     "loss",  # the objective: not comparable between targets

@@ -37,6 +37,7 @@ def one_sentence(message: str) -> str:
     lines = [line.strip(" -") for line in message.splitlines() if line.strip(" -")]
     noise = (
         "Does not validate",
+        "Expected a path but",
         "Subtypes:",
         "Errors:",
         "Given value",
@@ -52,6 +53,8 @@ def one_sentence(message: str) -> str:
 
 
 def _choices(key: str) -> str:
+    if key == "model.model":
+        return ": choose gift_lightning.models.causal_lm or gift_lightning.models.tiny_llama"
     root = _CHOICES.get(key.rpartition(".")[2])
     if root is None:
         return ""

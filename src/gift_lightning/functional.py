@@ -7,7 +7,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gift_lightning.target import Distribution, Evaluation, LabelView, Target, Tokens, evaluate
+from gift_lightning.distribution import Distribution
+from gift_lightning.loss import Evaluation, evaluate
+from gift_lightning.matmul import math_dtype
+from gift_lightning.target import LabelView, Target, Tokens
 
 IGNORED = -100
 """The label of a token that is not supervised, as in Hugging Face."""
@@ -42,11 +45,6 @@ def token_loss(
     Raises:
         ValueError: if the target reads something that was not given, or shapes do not fit.
     """
-    if reference_logits is not None and reference_logits.shape != logits.shape:
-        raise ValueError(
-            f"reference_logits {tuple(reference_logits.shape)} do not fit logits "
-            f"{tuple(logits.shape)}: student and reference need the same vocabulary."
-        )
     extras = (reference_logits, old_logp, sequence_ids)
     loss: Tensor = _DenseLoss.apply(logits, target, labels, extras)
     return loss
@@ -67,14 +65,10 @@ def label_mass(
     (arXiv 2606.11189, Eq. 6). Arguments and errors as `token_loss`; NaN where not supervised.
     """
     kept = labels != IGNORED
-    out = logits.new_full(labels.shape, math.nan, dtype=_math_dtype(logits))
+    out = logits.new_full(labels.shape, math.nan, dtype=math_dtype(logits))
     extras = (reference_logits, old_logp, sequence_ids)
     out[kept] = _evaluate_dense(target, logits, labels, extras, gradient=False).label_mass
     return out
-
-
-def _math_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _evaluate_dense(
@@ -85,9 +79,15 @@ def _evaluate_dense(
     gradient: bool,
 ) -> Evaluation:
     reference_logits, old_logp, sequence_ids = extras
+    if reference_logits is not None and reference_logits.shape != logits.shape:
+        raise ValueError(
+            f"reference_logits {tuple(reference_logits.shape)} do not fit logits "
+            f"{tuple(logits.shape)}: student and reference need the same vocabulary."
+        )
+    check_lengths(len(logits), labels=labels, old_logp=old_logp, sequence_ids=sequence_ids)
     target.check(reference=reference_logits is not None, old_policy=old_logp is not None)
     kept = labels != IGNORED
-    dtype = _math_dtype(logits)
+    dtype = math_dtype(logits)
 
     def rows(x: Tensor) -> Tensor:
         return x.detach()[kept].to(dtype)
@@ -103,6 +103,13 @@ def _evaluate_dense(
         base = t.base.logp_y if "reference" in reads else None
         t.ahead = target.look_ahead(LabelView(t.logp_y, base, ids)).to(dtype)
     return evaluate(target, t, gradient=gradient)
+
+
+def check_lengths(n: int, **given: Tensor | None) -> None:
+    """Raises ValueError unless every tensor that is given has one entry for each of n tokens."""
+    for name, x in given.items():
+        if x is not None and len(x) != n:
+            raise ValueError(f"{name} has {len(x)} entries for {n} tokens: one for each is needed.")
 
 
 class _DenseLoss(torch.autograd.Function):

@@ -8,7 +8,6 @@ that look ahead over whole sequences (`Target.ahead_reads`) pay one more project
 distribution they read ahead.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,17 +15,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gift_lightning.functional import IGNORED, _math_dtype
-from gift_lightning.target import (
-    Distribution,
-    Evaluation,
-    LabelView,
-    Target,
-    Tokens,
-    evaluate,
-)
-
-_VOCABULARY_BLOCK = 8192  # rows of a half-precision head that are widened at a time
+from gift_lightning.distribution import Distribution
+from gift_lightning.functional import IGNORED, check_lengths
+from gift_lightning.loss import Evaluation, evaluate
+from gift_lightning.matmul import add_matmul_tn, chunks, math_dtype, matmul_nn, matmul_nt
+from gift_lightning.target import LabelView, Target, Tokens
 
 
 @dataclass(frozen=True)
@@ -40,7 +33,7 @@ class Head:
 
     def project(self, hidden: Float[Tensor, "n d"], out: Tensor | None = None) -> Tensor:
         """[n, v] logits in float32 or better, written to `out` where given."""
-        logits = _matmul_nt(hidden, self.weight, out)
+        logits = matmul_nt(hidden, self.weight, out)
         if self.bias is not None:
             logits += self.bias
         if self.scale != 1.0:
@@ -122,6 +115,14 @@ def fused_token_loss(
     Raises:
         ValueError: if the target reads something that was not given, or shapes do not fit.
     """
+    check_lengths(
+        len(hidden),
+        labels=labels,
+        reference_hidden=reference_hidden,
+        old_logp=old_logp,
+        sequence_ids=sequence_ids,
+        token_weight=token_weight,
+    )
     kept = (labels != IGNORED).nonzero()[:, 0]
     head = Head(weight, bias, logit_scale, softcap)
     reference = None
@@ -225,7 +226,7 @@ class _Buffers:
     """Memory for the logits and probabilities of one chunk, used again by the next."""
 
     def __init__(self, hidden: Tensor, num_classes: int, chunk: int) -> None:
-        self._new = lambda: hidden.new_empty((chunk, num_classes), dtype=_math_dtype(hidden))
+        self._new = lambda: hidden.new_empty((chunk, num_classes), dtype=math_dtype(hidden))
         self._tensors: dict[str, Tensor] = {}
 
     def get(self, name: str, num_rows: int) -> Tensor:
@@ -234,14 +235,10 @@ class _Buffers:
         return self._tensors[name][:num_rows]
 
 
-def _chunks(n: int, size: int) -> Iterator[slice]:
-    return (slice(i, min(i + size, n)) for i in range(0, n, size))
-
-
 def _run(hidden: Tensor, job: _Job, needs: tuple[bool, bool, bool]) -> _Pass:
     """Evaluates all chunks; `needs` says for which of hidden, weight, bias gradients are wanted."""
     head, n = job.head, len(job.labels)
-    wide = _math_dtype(hidden)
+    wide = math_dtype(hidden)
     buffers = _Buffers(hidden, head.weight.shape[0], min(n, job.chunk_size))
     known = None if job.reference is None else job.reference.logp_y
     ahead = _look_ahead(hidden, job, buffers)
@@ -253,7 +250,7 @@ def _run(hidden: Tensor, job: _Job, needs: tuple[bool, bool, bool]) -> _Pass:
         out.d_weight = torch.zeros(head.weight.shape, dtype=wide, device=hidden.device)
     if needs[2]:
         out.d_bias = torch.zeros(head.weight.shape[0], dtype=wide, device=hidden.device)
-    for rows in _chunks(n, job.chunk_size):
+    for rows in chunks(n, job.chunk_size):
         h, y = hidden[rows], job.labels[rows]
         logits = head.project(h, buffers.get("logits", len(y)))
         t = Tokens(
@@ -273,9 +270,9 @@ def _run(hidden: Tensor, job: _Job, needs: tuple[bool, bool, bool]) -> _Pass:
             if job.token_weight is not None:
                 g.mul_(job.token_weight[rows].to(wide)[:, None])
             if out.d_hidden is not None:
-                out.d_hidden[rows] = _matmul_nn(g, head.weight, h.dtype)
+                out.d_hidden[rows] = matmul_nn(g, head.weight, h.dtype)
             if out.d_weight is not None:
-                _add_matmul_tn(out.d_weight, g, h)
+                add_matmul_tn(out.d_weight, g, h)
             if out.d_bias is not None:
                 out.d_bias += g.sum(0)
     return out
@@ -292,9 +289,15 @@ def _reference(
     reference = job.reference
     if reference is None:
         return None
-    count = rows.stop - rows.start
+    count, bias = rows.stop - rows.start, job.head.bias
+
+    def logits() -> Tensor:
+        z = reference.logits(rows, buffers.get("reference_logits", count))
+        # Classes that the student's head rules out are absent for the reference as well.
+        return z if bias is None else z.masked_fill_(bias.isneginf(), -math.inf)
+
     return Distribution(
-        lambda: reference.logits(rows, buffers.get("reference_logits", count)),
+        logits,
         job.labels[rows],
         None if known is None else known[rows],
         buffers.get("reference_p", count),
@@ -307,12 +310,12 @@ def _look_ahead(hidden: Tensor, job: _Job, buffers: _Buffers) -> Tensor | None:
         return None
     student = reference = None
     if "student" in reads:
-        student = torch.zeros(len(job.labels), dtype=_math_dtype(hidden), device=hidden.device)
+        student = torch.zeros(len(job.labels), dtype=math_dtype(hidden), device=hidden.device)
     if "reference" in reads:
         assert job.reference is not None, "guarded by Target.check"
         known = job.reference.logp_y
-        reference = torch.zeros_like(job.labels, dtype=_math_dtype(hidden))
-    for rows in _chunks(len(job.labels), job.chunk_size):
+        reference = torch.zeros_like(job.labels, dtype=math_dtype(hidden))
+    for rows in chunks(len(job.labels), job.chunk_size):
         y = job.labels[rows]
         if student is not None:
             z = job.head.project(hidden[rows], buffers.get("logits", len(y)))
@@ -376,47 +379,3 @@ def _is_uniform(upstream: Tensor) -> bool:
     if len(upstream) < 2 or upstream.stride(0) == 0:  # what sum() and mean() send
         return True
     return bool((upstream == upstream[0]).all())
-
-
-def _fused_half(a: Tensor, b: Tensor) -> bool:
-    """Whether the device multiplies half-precision matrices into float32 by itself."""
-    return a.is_cuda and a.dtype == b.dtype and a.dtype in (torch.bfloat16, torch.float16)
-
-
-def _blocks(weight: Tensor) -> Iterator[slice]:
-    return _chunks(len(weight), _VOCABULARY_BLOCK)
-
-
-def _matmul_nt(hidden: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
-    """hidden @ weight.T in float32 or better, however narrow the inputs."""
-    wide = _math_dtype(hidden)
-    if _fused_half(hidden, weight):
-        return torch.mm(hidden, weight.t(), out_dtype=wide)
-    hidden = hidden.to(wide)
-    if weight.dtype == wide:
-        return torch.mm(hidden, weight.t(), out=out)
-    if out is None:
-        out = hidden.new_empty(len(hidden), len(weight))
-    for block in _blocks(weight):
-        out[:, block] = hidden @ weight[block].to(wide).t()
-    return out
-
-
-def _matmul_nn(g: Tensor, weight: Tensor, hidden_dtype: torch.dtype) -> Tensor:
-    """g @ weight in g's dtype."""
-    if g.is_cuda and weight.dtype == hidden_dtype != g.dtype:
-        return torch.mm(g.to(weight.dtype), weight, out_dtype=g.dtype)
-    if weight.dtype == g.dtype:
-        return g @ weight
-    out = g.new_zeros(len(g), weight.shape[1])
-    for block in _blocks(weight):
-        out.addmm_(g[:, block], weight[block].to(g.dtype))
-    return out
-
-
-def _add_matmul_tn(total: Tensor, g: Tensor, hidden: Tensor) -> None:
-    """total += g.T @ hidden, accumulated in float32 or better."""
-    if g.is_cuda and hidden.dtype != g.dtype:
-        torch.addmm(total, g.to(hidden.dtype).t(), hidden, out_dtype=g.dtype, out=total)
-    else:
-        total.addmm_(g.t(), hidden.to(g.dtype))

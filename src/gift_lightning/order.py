@@ -6,7 +6,7 @@ its first backward, so every rank knows the number of supervised tokens of the w
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -22,16 +22,23 @@ def keyed_seed(seed: int, purpose: str, *key: int | str) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of `n` items in an epoch, int64 [n]."""
-    generator = torch.Generator().manual_seed(keyed_seed(seed, "order", epoch))
+def permutation(n: int, seed: int, purpose: str, key: int | str) -> np.ndarray:
+    """A random order of n items, int64 [n]."""
+    generator = torch.Generator().manual_seed(keyed_seed(seed, purpose, key))
     return torch.randperm(n, generator=generator).numpy()
 
 
-def windows(n: int, size: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """The items of each optimizer step of an epoch; the short last window is kept, never padded."""
-    order = permutation(n, seed, epoch)
-    return [order[i : i + size] for i in range(0, n, size)]
+def mixture(weights: Sequence[tuple[str, float]], seed: int) -> np.ndarray:
+    """The items of one epoch, int64 [n], from the source and weight of every item.
+
+    Whole weights repeat an item; fractions choose that share of the source's items.
+    """
+    uses = np.array([int(weight) for _, weight in weights], dtype=np.int64)
+    for source, weight in dict.fromkeys(weights):
+        members = np.flatnonzero([item == (source, weight) for item in weights])
+        some = round(weight % 1 * len(members))
+        uses[members[permutation(len(members), seed, "mixture", source)[:some]]] += 1
+    return np.repeat(np.arange(len(weights)), uses)
 
 
 @dataclass(frozen=True)
@@ -41,52 +48,44 @@ class MicroBatch:
     sample_ids: tuple[int, ...]
     """Dataset index of each sample."""
     step_tokens: int
-    """Supervised tokens of the whole optimizer step: all its micro-batches, all ranks."""
     step_sequences: int
-    """Samples of the whole optimizer step."""
+    """Learned tokens and samples of the whole optimizer step: all its micro-batches, all ranks."""
 
 
+def _deal(ids: np.ndarray, batch_size: int, world: int, rank: int) -> list[tuple[int, ...]]:
+    """The micro-batches of one rank, as many as any other rank's; the last may be empty."""
+    assert 0 <= rank < world and batch_size > 0
+    mine = ids[rank::world].tolist()
+    return [tuple(mine[i : i + batch_size]) for i in range(0, -(-len(ids) // world), batch_size)]
+
+
+@dataclass(eq=False)
 class MicroBatches(Sampler[MicroBatch]):
     """The micro-batches of one rank, window by window.
 
     Inside a window the samples are sorted by length (longest first, so that memory peaks at once),
     dealt to the ranks in turn and cut into micro-batches: any such split gives the same gradient,
     and this one wastes little padding. All ranks yield equally many micro-batches per window.
-
-    Args:
-        ids: Dataset indices of one epoch [n]; a sample used twice per epoch appears twice.
-        lengths: Tokens of each dataset sample, indexed by dataset index.
-        targets: Supervised tokens of each dataset sample.
-        batch_size: Samples per micro-batch and rank.
-        accumulate: Micro-batches per optimizer step.
-        world: Number of ranks.
-        rank: This rank.
-        seed: Seed of the permutations.
     """
 
-    def __init__(
-        self,
-        ids: Sequence[int] | np.ndarray,
-        lengths: Sequence[int] | np.ndarray,
-        targets: Sequence[int] | np.ndarray,
-        batch_size: int,
-        accumulate: int = 1,
-        world: int = 1,
-        rank: int = 0,
-        seed: int = 0,
-    ) -> None:
-        assert 0 <= rank < world and batch_size > 0 and accumulate > 0
-        self.ids = np.asarray(ids, dtype=np.int64)
-        self.lengths = np.asarray(lengths, dtype=np.int64)
-        self.targets = np.asarray(targets, dtype=np.int64)
-        self.batch_size = batch_size
-        self.accumulate = accumulate
-        self.world = world
-        self.rank = rank
-        self.seed = seed
-        self.epoch = 0
-        self._start = (0, 0)
-        self._shift: int | None = 0
+    ids: np.ndarray
+    """Dataset indices of one epoch, int64 [n]; a sample used twice per epoch appears twice."""
+    lengths: np.ndarray
+    """Tokens of each dataset sample, indexed by dataset index."""
+    targets: np.ndarray
+    """Supervised tokens of each dataset sample."""
+    batch_size: int
+    accumulate: int = 1
+    world: int = 1
+    rank: int = 0
+    seed: int = 0
+    epoch: int = field(default=0, init=False)
+    _start: tuple[int, int] = field(default=(0, 0), init=False)
+    _shift: int | None = field(default=0, init=False)
+
+    @property
+    def samples_per_step(self) -> int:
+        return self.accumulate * self.batch_size * self.world
 
     def start(self, epoch: int, skip: int) -> None:
         """Begin at micro-batch `skip` of `epoch`; every later epoch is whole.
@@ -105,65 +104,43 @@ class MicroBatches(Sampler[MicroBatch]):
 
     def __len__(self) -> int:
         """Micro-batches of a whole epoch, also after a resume: the trainer restores its counter."""
-        full, rest = divmod(len(self.ids), self.accumulate * self.batch_size * self.world)
+        full, rest = divmod(len(self.ids), self.samples_per_step)
         return full * self.accumulate + -(-rest // (self.batch_size * self.world))
 
     def windows(self, epoch: int) -> list[np.ndarray]:
-        """The dataset indices of each optimizer step of an epoch, the same on every rank."""
-        size = self.accumulate * self.batch_size * self.world
-        return [self.ids[window] for window in windows(len(self.ids), size, self.seed, epoch)]
+        """Dataset indices of each optimizer step of an epoch, all ranks; the last may be short."""
+        order, size = permutation(len(self.ids), self.seed, "order", epoch), self.samples_per_step
+        return [self.ids[order[i : i + size]] for i in range(0, len(order), size)]
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        epoch = self.epoch
-        skip = self._start[1] if epoch == self._start[0] else 0
-        for window in self.windows(epoch):
-            count = -(-len(window) // (self.batch_size * self.world))
-            if skip >= count:
-                skip -= count
-                continue
-            tokens = int(self.targets[window].sum())
+        skip = self._start[1] if self.epoch == self._start[0] else 0
+        for window in self.windows(self.epoch):
             longest_first = window[np.argsort(-self.lengths[window], kind="stable")]
-            mine = longest_first[self.rank :: self.world].tolist()
-            for i in range(skip, count):
-                part = tuple(mine[i * self.batch_size : (i + 1) * self.batch_size])
+            parts = _deal(longest_first, self.batch_size, self.world, self.rank)
+            tokens = int(self.targets[window].sum())
+            for part in parts[skip:]:
                 yield MicroBatch(part, tokens, len(window))
-            skip = 0
+            skip = max(skip - len(parts), 0)
 
 
+@dataclass(eq=False)
 class Sequential(Sampler[MicroBatch]):
-    """A validation set in its own order, without padding: no sample is repeated on any rank.
+    """A set in its own order, without padding: no sample is repeated on any rank.
 
     `step_tokens` and `step_sequences` count the whole set, so that summed token losses divided by
-    `step_tokens` give its exact mean. Ranks with fewer samples end with empty micro-batches.
-
-    Args:
-        ids: Dataset indices to go through [n].
-        targets: Supervised tokens of each dataset sample, indexed by dataset index.
-        batch_size: Samples per micro-batch and rank.
-        world: Number of ranks.
-        rank: This rank.
+    `step_tokens` give its exact mean. The fields are as in `MicroBatches`.
     """
 
-    def __init__(
-        self,
-        ids: Sequence[int] | np.ndarray,
-        targets: Sequence[int] | np.ndarray,
-        batch_size: int,
-        world: int = 1,
-        rank: int = 0,
-    ) -> None:
-        assert 0 <= rank < world and batch_size > 0
-        self.ids = np.asarray(ids, dtype=np.int64)
-        self.tokens = int(np.asarray(targets, dtype=np.int64)[self.ids].sum())
-        self.batch_size = batch_size
-        self.world = world
-        self.rank = rank
+    ids: np.ndarray
+    targets: np.ndarray
+    batch_size: int
+    world: int = 1
+    rank: int = 0
 
     def __len__(self) -> int:
-        return -(-len(self.ids) // (self.batch_size * self.world))
+        return len(_deal(self.ids, self.batch_size, self.world, self.rank))
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        mine = self.ids[self.rank :: self.world].tolist()
-        for i in range(len(self)):
-            part = tuple(mine[i * self.batch_size : (i + 1) * self.batch_size])
-            yield MicroBatch(part, self.tokens, len(self.ids))
+        tokens = int(self.targets[self.ids].sum())
+        for part in _deal(self.ids, self.batch_size, self.world, self.rank):
+            yield MicroBatch(part, tokens, len(self.ids))

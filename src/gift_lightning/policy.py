@@ -8,9 +8,10 @@ from transformers import PreTrainedModel
 from gift_lightning.collate import Batch
 from gift_lightning.functional import IGNORED
 from gift_lightning.head import Head, ReferenceRows, head_loss
+from gift_lightning.loss import Evaluation
 from gift_lightning.models import base_model
 from gift_lightning.modes import scoring
-from gift_lightning.target import Evaluation, Target
+from gift_lightning.target import Target
 
 
 def supervised(batch: Batch) -> Bool[Tensor, "r _"]:

@@ -12,16 +12,16 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from gift_lightning.collate import Batch
+from gift_lightning.distribution import Distribution
 from gift_lightning.head import Head, ProjectedRows, ReferenceRows
 from gift_lightning.models import DType, causal_lm
 from gift_lightning.modes import adapter_off, scoring
 from gift_lightning.policy import Policy, supervised_labels
-from gift_lightning.target import Distribution
 
 
 @runtime_checkable
 class Samples(Protocol):
-    """Tokenised samples, `data.Examples` or a list: `input_ids` and `labels` [t] of each."""
+    """Tokenised samples, `examples.Examples` or a list: `input_ids` and `labels` [t] of each."""
 
     def __len__(self) -> int: ...
 

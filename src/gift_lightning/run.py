@@ -6,6 +6,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import SaveConfigCallback
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -51,6 +52,8 @@ class ExportHF(Callback):
 
 _COLUMNS = ("nll", "entropy", "kl_reference", "mean_token_accuracy", "pass@1", "pass@16")
 
+_HEADS = {"nll": "NLL", "kl_reference": "KL(ref)", "mean_token_accuracy": "accuracy"}
+
 
 class Report(Callback):
     """Ends a run with a table of validation before and after, samples, and where things are."""
@@ -60,11 +63,11 @@ class Report(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
-            sizes = [p.numel() for p in pl_module.parameters() if p.requires_grad]
+            trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
             total = sum(p.numel() for p in pl_module.parameters())
             Console().print(
-                f"{type(pl_module).__name__} towards {getattr(pl_module, 'target', 'its objective')}: "
-                f"{sum(sizes):,} of {total:,} parameters, "
+                f"{type(pl_module).__name__} towards {getattr(pl_module, 'target', '')}: "
+                f"{trained:,} of {total:,} parameters, "
                 f"{int(trainer.estimated_stepping_batches)} steps"
             )
 
@@ -89,8 +92,8 @@ class Report(Callback):
     def _table(self, after: dict[str, float]) -> Table:
         sets = list(dict.fromkeys(k.rpartition("/")[0] for k in after if k.startswith("val")))
         columns = [c for c in _COLUMNS if any(f"{s}/{c}" in after for s in sets)]
-        heads = [c.removeprefix("mean_token_") for c in columns]
-        table = Table("validation set", "", *heads, title="Before and after training")
+        heads = [_HEADS.get(c, c) for c in columns]
+        table = Table("validation", "", *heads, title="Before and after training", box=SIMPLE)
         for name in sets:
             for when, metrics in (("before", self.before), ("after", after)):
                 cells = [

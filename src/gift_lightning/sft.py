@@ -13,11 +13,12 @@ from transformers import PreTrainedModel
 
 from gift_lightning.collate import Batch
 from gift_lightning.diagnostics import TokenMeans
+from gift_lightning.loss import Evaluation
 from gift_lightning.module import PolicyModule
 from gift_lightning.policy import supervised_sequences
 from gift_lightning.references import OldPolicy, Reference
 from gift_lightning.schedule import Schedule
-from gift_lightning.target import Evaluation, Target
+from gift_lightning.target import Target
 from gift_lightning.targets import GIFT, OneHot
 from gift_lightning.targets import TargetSFT as TargetSFTTarget
 

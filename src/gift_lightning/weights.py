@@ -7,18 +7,21 @@ published one: γ·(−log p_y) for detached weights, the named closed form othe
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gift_lightning.target import LabelView, Scalar, Target, Tokens, row_dot
-
-
-def _require(ok: bool, message: str) -> None:
-    if not ok:
-        raise ValueError(message)
+from gift_lightning.distribution import Scalar, row_dot
+from gift_lightning.target import (
+    LabelView,
+    Target,
+    Tokens,
+    require,
+    require_choice,
+    require_number,
+)
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,12 @@ class BeyondLog(Target):
     """Train only tokens with p_y at or below this probability."""
 
     def __post_init__(self) -> None:
-        _require(math.isfinite(self.alpha), f"BeyondLog: alpha must be finite, got {self.alpha}.")
+        require_number(self, "alpha")
+        for key in "keep_above", "keep_below":
+            if getattr(self, key) is not None:
+                require_number(self, key, 0, 1)
+        if self.keep_above is not None and self.keep_below is not None:
+            require_number(self, "keep_above", 0, self.keep_below)
 
     def _kept(self, t: Tokens) -> Tensor:
         keep = torch.ones_like(t.p_y)
@@ -74,12 +82,13 @@ class ProFiT(Target):
     """Keep tokens at or above tau, below tau, or from the low threshold up to the high one."""
 
     def __post_init__(self) -> None:
-        pair = not isinstance(self.tau, int | float)
-        _require(
-            pair == (self.direction == "middle"),
-            f"ProFiT: direction {self.direction!r} takes "
-            f"{'two thresholds [low, high]' if self.direction == 'middle' else 'one threshold'} "
-            f"in tau, got {self.tau}.",
+        require_choice(self, "direction", "higher", "lower", "middle")
+        taus = [self.tau] if isinstance(self.tau, int | float) else list(self.tau)
+        wanted = 2 if self.direction == "middle" else 1
+        require(
+            len(taus) == wanted and taus == sorted(taus) and all(0 <= tau <= 1 for tau in taus),
+            f"ProFiT: direction {self.direction!r} takes {wanted} ascending probabilities as tau, "
+            f"got {self.tau}.",
         )
 
     def label_weight(self, t: Tokens) -> Scalar:
@@ -107,12 +116,14 @@ class EAFT(Target):
     """Exponent of the weight."""
 
     def __post_init__(self) -> None:
-        _require(self.k is None or self.k >= 2, f"EAFT: k must be at least 2, got {self.k}.")
-        _require(self.divisor > 0, f"EAFT: divisor must be positive, got {self.divisor}.")
+        require(self.k is None or self.k >= 2, f"EAFT: k must be 2 or more, got {self.k}.")
+        require_number(self, "divisor", 0, above=True)
+        require_number(self, "alpha", 0)
 
     def label_weight(self, t: Tokens) -> Scalar:
         if self.k is None:
-            return (_floored_entropy(t) / math.log(t.logits.shape[-1])) ** self.alpha
+            most = torch.as_tensor(t.num_classes, dtype=t.logits.dtype).log().flatten()
+            return (_floored_entropy(t).clamp_min(0) / most) ** self.alpha
         top = t.logits.topk(min(self.k, t.logits.shape[-1]), -1).values.log_softmax(-1)
         entropy = torch.special.entr(top.exp()).sum(-1)
         return (entropy / self.divisor) ** self.alpha
@@ -121,73 +132,6 @@ class EAFT(Target):
 def _floored_entropy(t: Tokens) -> Tensor:
     """−Σ p·log(p + 1e-10), the entropy that IDFT's and the full-vocabulary EAFT's code uses."""
     return -row_dot(t.p, (t.p + 1e-10).log_())
-
-
-@dataclass(frozen=True)
-class IWSFT(Target):
-    """−sg[w]·log p_y with an importance weight against the reference (arXiv 2507.12856).
-
-    Official code emmyqin/iw_sft, bounding_trainers.py. At sequence level w is the exponential of
-    the sequence's mean log-ratio, so the head is projected once more before the loss.
-    """
-
-    level: Literal["sequence", "token"] = "sequence"
-    """One weight for each sequence, or for each token."""
-    temperature: float = 1.0
-    """Factor on the log-ratio; the class of the official code says 2, its call passes 1."""
-    clip_min: float | None = None
-    """Lower bound of w; by default 0 for sequences, 0.2 for tokens."""
-    clip_max: float | None = None
-    """Upper bound of w; by default 16 for sequences, 1.8 for tokens."""
-
-    def __post_init__(self) -> None:
-        low, high = (0.0, 16.0) if self.level == "sequence" else (0.2, 1.8)
-        if self.clip_min is None:
-            object.__setattr__(self, "clip_min", low)
-        if self.clip_max is None:
-            object.__setattr__(self, "clip_max", high)
-
-    @property
-    def needs_reference(self) -> bool:
-        return True
-
-    @property
-    def ahead_reads(self) -> frozenset[str]:
-        return frozenset({"student", "reference"} if self.level == "sequence" else ())
-
-    def look_ahead(self, labels: LabelView) -> Float[Tensor, " n"]:
-        assert labels.logp_y is not None and labels.reference_logp_y is not None
-        return labels.sequence_mean(labels.logp_y - labels.reference_logp_y)
-
-    def label_weight(self, t: Tokens) -> Scalar:
-        ratio = t.ahead if t.ahead is not None else t.logp_y - t.base.logp_y
-        return (self.temperature * ratio).exp().clamp(self.clip_min, self.clip_max)
-
-
-@dataclass(frozen=True)
-class PSFT(Target):
-    """−min(ρ, clip(ρ, 1 − low, 1 + high)), ρ = p_y / o_y against the old policy (arXiv 2508.17784).
-
-    The lower clip never binds (the advantage is 1); tokens above 1 + high give no gradient.
-    """
-
-    needs_old_policy: ClassVar[bool] = True
-    clip_low: float = 0.2
-    """Distance of the lower bound of ρ from 1."""
-    clip_high: float = 0.28
-    """Distance of the upper bound of ρ from 1."""
-
-    def _ratio(self, t: Tokens) -> Tensor:
-        assert t.old_logp is not None, "guarded by Target.check"
-        return (t.logp_y - t.old_logp).clamp(-20, 20).exp()  # the official clamp of the log-ratio
-
-    def label_weight(self, t: Tokens) -> Scalar:
-        ratio = self._ratio(t)
-        return ratio * (ratio <= 1 + self.clip_high)
-
-    def published_value(self, t: Tokens) -> Tensor | None:
-        ratio = self._ratio(t)
-        return -torch.minimum(ratio, ratio.clamp(1 - self.clip_low, 1 + self.clip_high))
 
 
 @dataclass(frozen=True)
@@ -209,7 +153,10 @@ class IDFT(Target):
     """0 is DFT, 1 is the full method."""
 
     def __post_init__(self) -> None:
-        _require(self.beta > 0, f"IDFT: beta must be positive, got {self.beta}.")
+        require_number(self, "beta", 0, above=True)
+        require_number(self, "clip_max", 0)
+        require_number(self, "clip_min", 0, self.clip_max)
+        require_number(self, "strength", 0, 1)
 
     def _clamped_and_kappa(self, t: Tokens) -> tuple[Tensor, Tensor]:
         logp_y = t.logp_y.clamp_min(math.log(1e-10))
@@ -238,9 +185,7 @@ class DEFT(Target):
     """Which exponent."""
 
     def __post_init__(self) -> None:
-        _require(
-            self.form in ("renyi", "cayley"), f"DEFT: form is renyi or cayley, got {self.form!r}."
-        )
+        require_choice(self, "form", "renyi", "cayley")
 
     @property
     def ahead_reads(self) -> frozenset[str]:
@@ -274,57 +219,10 @@ class TALR(Target):
     """Temperature; 1 is DFT. The paper is reported to use the median of the mean token losses."""
 
     def __post_init__(self) -> None:
-        _require(self.tau > 0, f"TALR: tau must be positive, got {self.tau}.")
+        require_number(self, "tau", 0, above=True)
 
     def label_weight(self, t: Tokens) -> Scalar:
         return (t.logp_y / self.tau).exp()
-
-
-@dataclass(frozen=True)
-class FLOW(Target):
-    """−w·log p_y, w = exp(−loss of the reference / τ) per token or sequence (arXiv 2502.02797)."""
-
-    temperature: float
-    """τ in nats; the paper takes the median loss of the reference."""
-    level: Literal["token", "sequence"] = "token"
-    """Whether the loss is the token's or its sequence's mean."""
-
-    def __post_init__(self) -> None:
-        _require(self.temperature > 0, f"FLOW: temperature must be positive: {self.temperature}.")
-
-    @property
-    def needs_reference(self) -> bool:
-        return True
-
-    @property
-    def ahead_reads(self) -> frozenset[str]:
-        return frozenset({"reference"} if self.level == "sequence" else ())
-
-    def look_ahead(self, labels: LabelView) -> Float[Tensor, " n"]:
-        assert labels.reference_logp_y is not None
-        return labels.sequence_mean(labels.reference_logp_y)
-
-    def label_weight(self, t: Tokens) -> Scalar:
-        logp = t.ahead if t.ahead is not None else t.base.logp_y
-        return (logp / self.temperature).exp()
-
-
-@dataclass(frozen=True)
-class STM(Target):
-    """−1[perplexity of the label under the reference ≤ threshold]·log p_y (arXiv 2501.14315)."""
-
-    threshold: float = 2.5
-    """Largest perplexity exp(−log r_y) that is trained."""
-
-    def __post_init__(self) -> None:
-        _require(self.threshold > 0, f"STM: threshold must be positive, got {self.threshold}.")
-
-    @property
-    def needs_reference(self) -> bool:
-        return True
-
-    def label_weight(self, t: Tokens) -> Scalar:
-        return (-t.base.logp_y <= math.log(self.threshold)).to(t.logits.dtype)
 
 
 @dataclass(frozen=True)
@@ -337,7 +235,7 @@ class Focal(Target):
     """Whether the factor is a constant in the gradient."""
 
     def __post_init__(self) -> None:
-        _require(self.gamma >= 0, f"Focal: gamma must not be negative, got {self.gamma}.")
+        require_number(self, "gamma", 0)
 
     def label_weight(self, t: Tokens) -> Scalar:
         miss = -torch.expm1(t.logp_y)  # 1 − p_y
@@ -361,7 +259,7 @@ class LUFFYShaping(Target):
     """The shaping constant."""
 
     def __post_init__(self) -> None:
-        _require(self.gamma > 0, f"LUFFYShaping: gamma must be positive, got {self.gamma}.")
+        require_number(self, "gamma", 0, above=True)
 
     def label_weight(self, t: Tokens) -> Scalar:
         return self.gamma * t.p_y / (t.p_y + self.gamma) ** 2

@@ -1,0 +1,61 @@
+"""Matrix products of a language-model head in float32 or better, however narrow the inputs."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+_VOCABULARY_BLOCK = 8192  # rows of a half-precision head that are widened at a time
+
+
+def math_dtype(x: Tensor) -> torch.dtype:
+    """float64 for float64, float32 for anything narrower."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def chunks(n: int, size: int) -> Iterator[slice]:
+    return (slice(i, min(i + size, n)) for i in range(0, n, size))
+
+
+def _fused_half(a: Tensor, b: Tensor) -> bool:
+    """Whether the device multiplies half-precision matrices into float32 by itself."""
+    return a.is_cuda and a.dtype == b.dtype and a.dtype in (torch.bfloat16, torch.float16)
+
+
+def _blocks(weight: Tensor) -> Iterator[slice]:
+    return chunks(len(weight), _VOCABULARY_BLOCK)
+
+
+def matmul_nt(hidden: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
+    """hidden @ weight.T in float32 or better, however narrow the inputs."""
+    wide = math_dtype(hidden)
+    if _fused_half(hidden, weight):
+        return torch.mm(hidden, weight.t(), out_dtype=wide)
+    hidden = hidden.to(wide)
+    if weight.dtype == wide:
+        return torch.mm(hidden, weight.t(), out=out)
+    if out is None:
+        out = hidden.new_empty(len(hidden), len(weight))
+    for block in _blocks(weight):
+        out[:, block] = hidden @ weight[block].to(wide).t()
+    return out
+
+
+def matmul_nn(g: Tensor, weight: Tensor, hidden_dtype: torch.dtype) -> Tensor:
+    """g @ weight in g's dtype."""
+    if g.is_cuda and weight.dtype == hidden_dtype != g.dtype:
+        return torch.mm(g.to(weight.dtype), weight, out_dtype=g.dtype)
+    if weight.dtype == g.dtype:
+        return g @ weight
+    out = g.new_zeros(len(g), weight.shape[1])
+    for block in _blocks(weight):
+        out.addmm_(g[:, block], weight[block].to(g.dtype))
+    return out
+
+
+def add_matmul_tn(total: Tensor, g: Tensor, hidden: Tensor) -> None:
+    """total += g.T @ hidden, accumulated in float32 or better."""
+    if g.is_cuda and hidden.dtype != g.dtype:
+        torch.addmm(total, g.to(hidden.dtype).t(), hidden, out_dtype=g.dtype, out=total)
+    else:
+        total.addmm_(g.t(), hidden.to(g.dtype))
