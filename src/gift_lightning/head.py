@@ -8,6 +8,7 @@ that look ahead over whole sequences (`Target.ahead_reads`) pay one more project
 distribution they read ahead.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
