@@ -231,6 +231,26 @@ def test_several_non_finite_steps_in_a_row_stop_the_run(tmp_path):
         _fit(module, UnevenData(batch_size=5), tmp_path, callbacks=[_Poison(set(range(9)))])
 
 
+def test_a_step_cut_by_a_limit_is_refused(tmp_path):
+    data = UnevenData(batch_size=3)
+    with pytest.raises(ValueError, match="limit_train_batches cuts an optimizer step: 3 micro"):
+        _fit(_module(OneHot()), data, tmp_path, accumulate_grad_batches=2, limit_train_batches=3)
+    module = _module(OneHot())
+    _fit(
+        module, UnevenData(batch_size=3), tmp_path, accumulate_grad_batches=2, limit_train_batches=4
+    )
+    assert module.global_step == 2
+
+
+def test_a_run_without_validation_data(tmp_path):
+    class Unvalidated(UnevenData):
+        def val_records(self):
+            return {}
+
+    module = _fit(_module(GIFT(3.0)), Unvalidated(), tmp_path)
+    assert module.global_step == 3
+
+
 def test_dropout_is_on_in_training_and_off_in_validation(tmp_path):
     seen: dict[str, set[bool]] = {"train": set(), "val": set()}
 

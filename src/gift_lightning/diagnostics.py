@@ -51,9 +51,10 @@ class TokenMeans(Metric):
         )
         for i, column in enumerate(columns):
             if column is not None:
-                finite = column[~column.isnan()]  # KL(Q‖π) has no value where γ > 1
-                self.sums[i] += finite.sum(dtype=torch.float64)
-                self.counts[i] += len(finite)
+                if column is stats.kl_target:
+                    column = column[~column.isnan()]  # it has no value where γ > 1
+                self.sums[i] += column.sum(dtype=torch.float64)
+                self.counts[i] += len(column)
 
     def compute(self) -> dict[str, Tensor]:
         """Means by name, for the diagnostics that saw any token."""

@@ -63,6 +63,7 @@ class PolicyModule(pl.LightningModule):
             self.tokenizer = load_tokenizer(tokenizer)
         self._probe: Probe | None = None
         self._step = _Step()
+        self._num_tokens = 0
         self._tokens_since_log = 0
         self._last_log = time.perf_counter()
 
@@ -116,6 +117,12 @@ class PolicyModule(pl.LightningModule):
         # checkpointing. Mind that a Trainer puts a module into eval mode for validation only.
         self.policy.train()
         self._last_log = time.perf_counter()
+        used, accumulate = self.trainer.num_training_batches, self.trainer.accumulate_grad_batches
+        if used % accumulate and used < len(self.trainer.train_dataloader):  # type: ignore[arg-type]
+            raise ValueError(
+                f"trainer.limit_train_batches cuts an optimizer step: {used} micro-batches are no "
+                f"multiple of trainer.accumulate_grad_batches={accumulate}."
+            )
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # A stream of random numbers of its own for each micro-batch: nothing needs saving.
@@ -132,13 +139,18 @@ class PolicyModule(pl.LightningModule):
         step.loss = step.loss + loss.detach()
         step.num_targets = batch["step_tokens"]
         step.sample_ids += batch["sample_ids"].tolist()
-        self._tokens_since_log += int((batch["sequence_ids"] >= 0).sum())
+        num_tokens = int((batch["sequence_ids"] >= 0).sum()) * self.trainer.world_size
+        self._tokens_since_log += num_tokens
+        self._num_tokens += num_tokens
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         step = self._step
         norm = gradient_norm(self.parameters())
         loss = self.trainer.strategy.reduce(step.loss, reduce_op="sum")
-        reason = self.guard.decide(torch.as_tensor(loss), norm, step.num_targets)
+        # With 16-mixed a gradient scaler looks for its own overflows and skips those steps.
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        checked = torch.zeros(()) if scaled else norm
+        reason = self.guard.decide(torch.as_tensor(loss), checked, step.num_targets)
         if reason is not None:
             ids = ", ".join(map(str, step.sample_ids[:8]))
             more = len(step.sample_ids) - 8
@@ -173,7 +185,8 @@ class PolicyModule(pl.LightningModule):
         return {
             "grad_norm": step.norm,
             "learning_rate": step.learning_rate,
-            "tokens_per_second": self._tokens_since_log * self.trainer.world_size / seconds,
+            "num_tokens": self._num_tokens,
+            "tokens_per_second": self._tokens_since_log / seconds,
             "peak_memory_gib": peak_memory_gib(self.device),
             "skipped_steps": sum(self.guard.skipped.values()),
         }
@@ -202,9 +215,11 @@ class PolicyModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["step_guard"] = self.guard.state_dict()
+        checkpoint["num_tokens"] = self._num_tokens
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.guard.load_state_dict(checkpoint["step_guard"])
+        self._num_tokens = checkpoint["num_tokens"]
 
     def export(self, folder: str) -> None:
         """Writes a Hugging Face folder: safetensors, tokenizer, generation config."""

@@ -93,7 +93,7 @@ class Report(Callback):
         sets = list(dict.fromkeys(k.rpartition("/")[0] for k in after if k.startswith("val")))
         columns = [c for c in _COLUMNS if any(f"{s}/{c}" in after for s in sets)]
         heads = [_HEADS.get(c, c) for c in columns]
-        table = Table("validation", "", *heads, title="Before and after training", box=SIMPLE)
+        table = Table("set", "", *heads, title="Before and after training", box=SIMPLE)
         for name in sets:
             for when, metrics in (("before", self.before), ("after", after)):
                 cells = [
