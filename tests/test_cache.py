@@ -312,7 +312,7 @@ def stale(reference, of, part, sets=None, tok=None):
         reference.setup(of)
         reference.check_data(tok or tokenizer(), sets or {"train": samples(12)})
     message = str(caught.value)
-    assert "gift cache-reference --config" in message and "\n" not in message
+    assert "gift cache-reference" in message and "\n" not in message
     others = {"the model", "the tokenizer", "the chat template", "the data", "the format", "k ("}
     named = part.replace("\\", "")
     assert [other for other in others if other in message and other not in named] == []
@@ -555,7 +555,7 @@ def test_overwrite_only_if_asked(tmp_path):
     of, path, train = policy(), tmp_path / "c", {"t": samples(2)}
     path.mkdir()  # an empty folder is as good as none
     CachedTopK(str(path), 3).write(of, tokenizer(), train)
-    with pytest.raises(ValueError, match=r"already: use it, give another path, or .* --overwrite"):
+    with pytest.raises(ValueError, match=r"already: use it, give another path, or .* `--overwrite true`"):
         CachedTopK(str(path), 4).write(of, tokenizer(), train)
     CachedTopK(str(path), 3).setup(of)
     CachedTopK(str(path), 4).write(of, tokenizer(), train, overwrite=True)

@@ -134,7 +134,7 @@ def test_a_resumed_run_with_nothing_to_do_is_no_success(here, capsys):
     with pytest.raises(SystemExit) as stopped:
         fit("--ckpt_path", str(last))
     assert stopped.value.code == 1
-    assert "nothing was trained: the checkpoint is at step 2" in capsys.readouterr().err
+    assert "nothing was trained: the run starts at step 2" in capsys.readouterr().err
 
 
 def test_a_new_folder_for_every_run(tmp_path):
@@ -188,6 +188,33 @@ def test_wrong_input_is_one_sentence_and_leaves_nothing(here, capsys, flags, par
     said = refused(capsys, *flags)
     for part in parts:
         assert part in said, said
+
+
+def test_a_prompt_longer_than_the_limit_is_refused_by_line(here, capsys):
+    Path("long.jsonl").write_text('{"prompt": "' + "1" * 99 + '", "completion": "2"}\n')
+    flags = ["--data", "SFTData", "--data.train", "long.jsonl", "--data.max_length", "16"]
+    said = refused(capsys, *flags)
+    assert "long.jsonl:1" in said and "16" in said
+
+
+def test_a_template_that_fails_is_named(here, capsys):
+    from gift_lightning.models import load_tokenizer
+
+    tokenizer = load_tokenizer("gift:countdown")
+    tokenizer.chat_template = "{{ raise_exception('no system role here') }}"
+    tokenizer.save_pretrained("tokenizer")
+    Path("chat.jsonl").write_text(
+        '{"messages": [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]}\n'
+    )
+    flags = ["--data", "SFTData", "--data.train", "chat.jsonl", "--model.tokenizer", "tokenizer"]
+    said = refused(capsys, *flags)
+    assert "chat.jsonl:1" in said and "no system role here" in said
+
+
+def test_an_unreadable_file_is_named(here, capsys):
+    Path("broken.parquet").write_bytes(b"no parquet at all")
+    said = refused(capsys, "--data", "SFTData", "--data.train", "broken.parquet")
+    assert "broken.parquet" in said
 
 
 def test_a_teacher_with_another_vocabulary_is_refused(here, capsys):

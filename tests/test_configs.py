@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gift_lightning.cli import GiftCLI
+from gift_lightning.cli import GiftCLI, main
 from gift_lightning.targets import Target
 
 ROOT = Path(__file__).parents[1]
@@ -44,6 +44,24 @@ def test_there_is_a_config_for_every_kind_of_target(parse):
     used = {parse(path).model.init_args.target.class_path.rpartition(".")[2] for path in CONFIGS}
     assert {"OneHot", "GIFT", "DFT", "ASFT", "PSFT", "GEM", "TargetSFT", "LabelSmoothing"} <= used
     assert used <= {cls.__name__ for cls in _subclasses(Target)}
+
+
+QUICK = [path for path in CONFIGS if "CountdownData" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", QUICK, ids=lambda p: p.name)
+def test_every_quick_config_runs_two_steps(path, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    sizes = [
+        "--data.num_demonstrations",
+        "64",
+        "--data.num_pretraining",
+        "128",
+        "--data.num_eval",
+        "8",
+    ]
+    main(["fit", "--config", str(path), "--trainer.max_steps", "2", *sizes])
+    assert "Written to runs/" in capsys.readouterr().out
 
 
 def _subclasses(cls: type) -> set[type]:

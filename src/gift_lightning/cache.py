@@ -224,7 +224,7 @@ class CachedTopK(Reference):
             parts = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
             for part in track(parts, "caching the reference"):
                 whole = MicroBatch(tuple(part.tolist()), int(counts[part].sum()), len(part))
-                batch = collate([samples[i] for i in part], whole, pad_id=0)
+                batch = collate([samples[i] for i in part], whole, pad_id=0, packing=False)
                 places = _places(index[batch["sample_ids"].numpy()])
                 for chunk, values in self._read(policy, batch, k):
                     for array, value in zip(arrays.values(), values, strict=True):
@@ -343,7 +343,7 @@ def _check_free(final: Path, overwrite: bool) -> None:
     if not overwrite:
         raise ValueError(
             f"there is a reference cache at {str(final)!r} already: use it, give another path, or "
-            "ask for --overwrite."
+            "ask for `--overwrite true`."
         )
 
 

@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,7 +27,7 @@ from gift_lightning import (
     sft,
     targets,
 )
-from gift_lightning.errors import one_sentence, own_error
+from gift_lightning.errors import one_sentence, own_error, refuse_repeated_keys
 from gift_lightning.module import PolicyModule
 from gift_lightning.run import ExportHF, Report, SaveConfig, fresh_folder
 
@@ -53,6 +54,10 @@ _DEFAULTS: dict[str, Any] = {
 
 
 class _Parser(LightningArgumentParser):
+    def _add_signature_parameter(self, *args: Any, **kwargs: Any) -> Any:
+        # Otherwise jsonargparse reads the data file behind `--data.train rows.jsonl` as a config.
+        return super()._add_signature_parameter(*args, **{**kwargs, "sub_configs": False})
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # an inner parser that tries whether a value fits
             super().error(message, ex)
@@ -81,6 +86,7 @@ class GiftTrainer(pl.Trainer):
                 "cache-reference writes what model.reference reads: set `--model.reference "
                 "CachedTopK --model.reference.path FOLDER`."
             )
+        model.policy.verify(packing=False)
         datamodule.prepare(model.tokenizer, model.vocab_size)
         datamodule.report()
         model.policy.to(self.strategy.root_device)
@@ -110,17 +116,26 @@ class GiftCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        return {**LightningCLI.subcommands(), "cache_reference": {"model", "datamodule"}}
+        inherited = LightningCLI.subcommands()
+        commands = {name: inherited[name] for name in ("fit", "validate")}
+        return {**commands, "cache_reference": {"model", "datamodule"}}
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: Lightning would merge a checkpoint's hyper-parameters over the flags."""
 
     def before_instantiate_classes(self) -> None:
+        checkpoint = self.config[self.subcommand].get("ckpt_path")
+        if checkpoint is not None and not Path(checkpoint).is_file():
+            raise ValueError(
+                f"ckpt_path: {str(checkpoint)!r} is no file; every run has its own folder, so give "
+                "the checkpoint's path, for example runs/quickstart/checkpoints/last.ckpt."
+            )
         if self.subcommand == "fit":
             trainer = self.config[self.subcommand].trainer
             trainer.default_root_dir = str(fresh_folder(trainer.default_root_dir))
             if trainer.max_epochs is None:  # Lightning would take 1000
-                trainer.max_epochs = 1 if trainer.max_steps == -1 else -1
+                bounded = trainer.max_steps != -1 or trainer.max_time is not None
+                trainer.max_epochs = -1 if bounded else 1
 
     def _run_subcommand(self, subcommand: str) -> None:
         try:
@@ -135,8 +150,8 @@ class GiftCLI(LightningCLI):
         """Refuses to call it a success when a resumed checkpoint left nothing to do."""
         if not self.model.guard.decided:
             raise ValueError(
-                f"nothing was trained: the checkpoint is at step {self.trainer.global_step}, where "
-                "this run ends; raise trainer.max_steps or trainer.max_epochs."
+                f"nothing was trained: the run starts at step {self.trainer.global_step} and ends "
+                "there; raise trainer.max_steps or trainer.max_epochs."
             )
 
     def _instantiate_trainer(
@@ -149,7 +164,8 @@ class GiftCLI(LightningCLI):
         if self.subcommand == "fit":
             if config.get("logger") in (None, True):
                 config["logger"] = CSVLogger(root, name="", version="")
-            if not any(isinstance(c, ModelCheckpoint) for c in mine):
+            saves = config.get("enable_checkpointing") in (None, True)
+            if saves and not any(isinstance(c, ModelCheckpoint) for c in mine):
                 mine.append(ModelCheckpoint(f"{root}/checkpoints", save_last="link"))
             if config.get("enable_progress_bar") in (None, True):
                 mine.append(RichProgressBar(leave=False))
@@ -178,6 +194,9 @@ def main(args: Sequence[str] | None = None) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
     try:
+        for flag, path in pairwise(words):
+            if flag in ("-c", "--config"):
+                refuse_repeated_keys(path)
         GiftCLI(words)
     except Exception as error:
         ours = own_error(error)

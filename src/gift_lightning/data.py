@@ -147,6 +147,11 @@ class SFTData(pl.LightningDataModule):
         trainer = self.trainer
         assert trainer is not None
         world, rank = trainer.world_size, trainer.global_rank
+        if trainer.overfit_batches:  # type: ignore[attr-defined]
+            raise ValueError(
+                "trainer.overfit_batches replaces the order of the data, which is this data "
+                "module's: take fewer records by the source's `limit` instead."
+            )
         if world > 1 and trainer._accelerator_connector.use_distributed_sampler:
             raise ValueError(
                 "This data deals samples to devices itself; set trainer.use_distributed_sampler "
@@ -169,6 +174,9 @@ class SFTData(pl.LightningDataModule):
                 table.add_row(name, outcome, str(count))
                 name = ""
         console.print(table)
+        for ledger in self.ledger.values():
+            for item in ledger.rejected[:5]:
+                console.print(f"Not used: {item}", highlight=False, markup=False)
         examples, ids = self._sets["train"]
         title = ("Example (learned tokens are marked):\n", "bold")
         console.print(Text.assemble(title, examples.marked(int(ids[0]), self._tokenizer)))

@@ -10,7 +10,7 @@ from torchmetrics import Metric
 from gift_lightning.loss import Evaluation
 
 NAMES = (
-    "loss",  # the objective: not comparable between targets
+    "loss",  # value of the target per token: not comparable between targets
     "gamma",  # trust in the label
     "label_mass",  # Q_y, comparable between targets
     "nll",  # −log p_y, comparable between targets

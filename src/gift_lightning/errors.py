@@ -1,7 +1,10 @@
 """What a user reads when something is wrong: one sentence that names the key and the way out."""
 
+import dis
 import re
-import traceback
+from pathlib import Path
+
+import yaml
 
 from gift_lightning.references import Reference
 from gift_lightning.target import Target
@@ -12,12 +15,45 @@ _CHOICES: dict[str, type] = {"target": Target, "reference": Reference}
 def own_error(error: BaseException | None) -> BaseException | None:
     """The ValueError or RuntimeError that this package raised, inside whatever wrapped it."""
     while error is not None:
-        frames = list(traceback.walk_tb(error.__traceback__))
-        module = frames[-1][0].f_globals.get("__name__", "") if frames else ""
-        if isinstance(error, ValueError | RuntimeError) and module.startswith("gift_lightning"):
-            return error
+        last = error.__traceback__
+        while last is not None and last.tb_next is not None:
+            last = last.tb_next
+        if last is not None and isinstance(error, ValueError | RuntimeError):
+            frame = last.tb_frame
+            # By a `raise` of ours: torch raises in our frames too.
+            raised = frame.f_code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+            if raised and frame.f_globals.get("__name__", "").startswith("gift_lightning"):
+                return error
         error = error.__cause__ or error.__context__
     return None
+
+
+def refuse_repeated_keys(path: str) -> None:
+    """Raises ValueError if a YAML file says a key twice, of which the last would silently win."""
+
+    def walk(node: yaml.Node) -> None:
+        if isinstance(node, yaml.MappingNode):
+            seen: dict[str, int] = {}
+            for key, value in node.value:
+                line = key.start_mark.line + 1
+                if key.value in seen:
+                    raise ValueError(
+                        f"{path}:{line}: {key.value!r} stands here and in line {seen[key.value]}: "
+                        "keep one of them."
+                    )
+                seen[key.value] = line
+                walk(value)
+        elif isinstance(node, yaml.SequenceNode):
+            for value in node.value:
+                walk(value)
+
+    if Path(path).is_file():  # a missing one is the parser's to name
+        try:
+            root = yaml.compose(Path(path).read_text())
+        except (yaml.YAMLError, UnicodeDecodeError):
+            return  # likewise
+        if root is not None:
+            walk(root)
 
 
 def one_sentence(message: str) -> str:

@@ -87,6 +87,12 @@ class Examples(Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def last_learned(self) -> list[int]:
+        """The tokens that samples end on, as far as they are learned; each once."""
+        at = np.where(self._learned, np.arange(len(self._learned)), -1)
+        last = np.maximum.reduceat(at, self._offsets[:-1]) if len(self) else at[:0]
+        return np.unique(self._ids[last[last >= 0]]).tolist()
+
     def __getitem__(self, i: int) -> tuple[Int[Tensor, " t"], Int[Tensor, " t"]]:
         if not 0 <= i < len(self):
             raise IndexError(i)

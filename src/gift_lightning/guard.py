@@ -19,18 +19,22 @@ class StepGuard:
     """
 
     def __init__(self, max_skipped: int) -> None:
+        if max_skipped < 1:
+            raise ValueError(f"model.max_skipped_steps must be 1 or more, got {max_skipped}.")
         self.max_skipped = max_skipped
         self.skipped: Counter[str] = Counter()
         self.in_a_row = 0
         self.decided = 0
 
-    def decide(self, loss: Tensor, norm: Tensor, num_tokens: int) -> str | None:
+    def decide(self, loss: Tensor, norm: Tensor, num_tokens: int, patience: int = 1) -> str | None:
         """Why this step must be skipped, or None.
 
         Args:
             loss: [] of the whole step, over all ranks.
             norm: [] of the whole step's gradient, before clipping.
             num_tokens: supervised tokens of the whole step.
+            patience: factor on the steps in a row that are borne, for a gradient scaler that
+                finds its scale by overflowing.
 
         Raises:
             Diverged: after `max_skipped` non-finite steps in a row.
@@ -47,7 +51,7 @@ class StepGuard:
             return None
         self.skipped[reason] += 1
         self.in_a_row += num_tokens > 0
-        if self.in_a_row >= self.max_skipped:
+        if self.in_a_row >= self.max_skipped * patience:
             raise Diverged(
                 f"{self.in_a_row} optimizer steps in a row were skipped, the last because {reason}:"
                 " lower the learning rate or look at the samples named above."

@@ -183,6 +183,8 @@ def head_loss(
     target.check(reference=reference is not None, old_policy=old_logp is not None)
     if sequence_ids is None:
         sequence_ids = torch.zeros_like(labels)
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be 1 or more, got {chunk_size}.")
     if chunk_size is None:
         chunk_size = max(64, -(-(2**25 // head.weight.shape[0]) // 64) * 64)
     job = _Job(

@@ -17,7 +17,7 @@ from gift_lightning.models import embedded_path
 from gift_lightning.policy import Policy
 from gift_lightning.references import FrozenCopy, Samples
 
-COMMAND = "gift cache-reference --config ..."
+COMMAND = "gift cache-reference"
 _BYTES = 1 << 18  # about as much is hashed of each weight
 _PAGE = 1 << 12  # bytes of each of about 4096 places in a weight file
 # Of a model's config: what does not change its log-probabilities.
@@ -29,14 +29,14 @@ def stale(path: str, changed: list[str]) -> ValueError:
     have = "has" if len(changed) == 1 else "have"
     return ValueError(
         f"the reference cache {path!r} is stale: {' and '.join(changed)} {have} changed since it "
-        f"was made; restore that, or make it again with `{COMMAND} --overwrite`."
+        f"was made; restore that, or make it again with `{COMMAND} --overwrite true`."
     )
 
 
 def damaged(path: str, file: str, why: object) -> ValueError:
     return ValueError(
         f"the reference cache {path!r} is damaged, {file}: {why}; make it again with "
-        f"`{COMMAND} --overwrite`."
+        f"`{COMMAND} --overwrite true`."
     )
 
 

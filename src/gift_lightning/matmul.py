@@ -32,6 +32,8 @@ def matmul_nt(hidden: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
     if _fused_half(hidden, weight):
         return torch.mm(hidden, weight.t(), out_dtype=wide)
     hidden = hidden.to(wide)
+    if out is not None and out.dtype != wide:  # a float32 reference of a float64 student
+        return out.copy_(matmul_nt(hidden, weight, None))
     if weight.dtype == wide:
         return torch.mm(hidden, weight.t(), out=out)
     if out is None:

@@ -112,6 +112,7 @@ def causal_lm(
             f"safetensors, a hub id, or gift:countdown ({first})"
         ) from error
     model.gguf_file = gguf_file  # type: ignore[assignment]
+    model.can_be_loaded_again = gguf_file is None  # type: ignore[assignment]
     return _for_training(model, gradient_checkpointing, lora)
 
 
@@ -161,6 +162,7 @@ def tiny_llama(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
+    model.can_be_loaded_again = False  # type: ignore[assignment]
     model.config._name_or_path = model.name_or_path = embedded_path(tokenizer)
     return _for_training(model, gradient_checkpointing, lora)
 

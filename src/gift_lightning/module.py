@@ -1,19 +1,23 @@
 """What every stage of post-training shares: policy, optimizer, step guard and checkpoint."""
 
+import copy
 import os
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
+from peft import PeftModel
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel
 
 from gift_lightning.collate import Batch
 from gift_lightning.diagnostics import peak_memory_gib
+from gift_lightning.functional import IGNORED
 from gift_lightning.guard import StepGuard, gradient_norm
 from gift_lightning.models import base_model, load_tokenizer
 from gift_lightning.order import keyed_seed
@@ -64,7 +68,9 @@ class PolicyModule(pl.LightningModule):
         self._probe: Probe | None = None
         self._step = _Step()
         self._num_tokens = 0
+        self._loss_since_log, self._steps_since_log = 0.0, 0
         self._tokens_since_log = 0
+        self._paused = 0.0
         self._last_log = time.perf_counter()
 
     @property
@@ -87,7 +93,15 @@ class PolicyModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        self.trainer.fit_loop.setup_data()  # the number of batches, which the steps derive from
         scheduler = self.schedule.build(optimizer, int(self.trainer.estimated_stepping_batches))
+        used, accumulate = self.trainer.num_training_batches, self.trainer.accumulate_grad_batches
+        whole = used >= len(self.trainer.train_dataloader)  # type: ignore[arg-type]
+        if used % accumulate and not whole and not self._is_dry_run:
+            raise ValueError(
+                f"trainer.limit_train_batches cuts an optimizer step: {used} micro-batches are no "
+                f"multiple of trainer.accumulate_grad_batches={accumulate}."
+            )
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
@@ -109,6 +123,10 @@ class PolicyModule(pl.LightningModule):
         return (self.global_step + 1) % self._log_every == 0
 
     @property
+    def _is_dry_run(self) -> bool:
+        return bool(self.trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+    @property
     def _log_every(self) -> int:
         return self.trainer.log_every_n_steps  # type: ignore[attr-defined]
 
@@ -117,12 +135,6 @@ class PolicyModule(pl.LightningModule):
         # checkpointing. Mind that a Trainer puts a module into eval mode for validation only.
         self.policy.train()
         self._last_log = time.perf_counter()
-        used, accumulate = self.trainer.num_training_batches, self.trainer.accumulate_grad_batches
-        if used % accumulate and used < len(self.trainer.train_dataloader):  # type: ignore[arg-type]
-            raise ValueError(
-                f"trainer.limit_train_batches cuts an optimizer step: {used} micro-batches are no "
-                f"multiple of trainer.accumulate_grad_batches={accumulate}."
-            )
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # A stream of random numbers of its own for each micro-batch: nothing needs saving.
@@ -138,6 +150,7 @@ class PolicyModule(pl.LightningModule):
         step.num_micro_batches += 1
         step.loss = step.loss + loss.detach()
         step.num_targets = batch["step_tokens"]
+        step.num_seen += int((batch["labels"] != IGNORED).sum())
         step.sample_ids += batch["sample_ids"].tolist()
         num_tokens = int((batch["sequence_ids"] >= 0).sum()) * self.trainer.world_size
         self._tokens_since_log += num_tokens
@@ -146,11 +159,16 @@ class PolicyModule(pl.LightningModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         step = self._step
         norm = gradient_norm(self.parameters())
-        loss = self.trainer.strategy.reduce(step.loss, reduce_op="sum")
-        # With 16-mixed a gradient scaler looks for its own overflows and skips those steps.
+        counted = torch.stack([step.loss.double(), step.loss.new_tensor(step.num_seen).double()])
+        loss, seen = torch.as_tensor(self.trainer.strategy.reduce(counted, reduce_op="sum"))
+        if int(seen) != step.num_targets and not self._is_dry_run:
+            raise ValueError(
+                f"this optimizer step holds {int(seen)} supervised tokens but was dealt "
+                f"{step.num_targets}: trainer.accumulate_grad_batches must not change in a run."
+            )
+        # With 16-mixed a gradient scaler finds its scale by overflowing: some steps are lost.
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-        checked = torch.zeros(()) if scaled else norm
-        reason = self.guard.decide(torch.as_tensor(loss), checked, step.num_targets)
+        reason = self.guard.decide(loss, norm, step.num_targets, patience=4 if scaled else 1)
         if reason is not None:
             ids = ", ".join(map(str, step.sample_ids[:8]))
             more = len(step.sample_ids) - 8
@@ -160,6 +178,9 @@ class PolicyModule(pl.LightningModule):
             )
             for parameter in self.parameters():
                 parameter.grad = None  # the optimizer then leaves weights, decay and moments alone
+        else:
+            self._loss_since_log += float(loss)
+            self._steps_since_log += 1
         step.norm, step.skipped = norm, reason is not None
         step.learning_rate = optimizer.param_groups[0]["lr"]
 
@@ -172,10 +193,14 @@ class PolicyModule(pl.LightningModule):
             return
         if self.global_step % self._log_every == 0:
             self.log_dict({f"train/{k}": float(v) for k, v in self.step_metrics().items()})
+            self._loss_since_log, self._steps_since_log = 0.0, 0
             self._tokens_since_log, self._last_log = 0, time.perf_counter()
         self._step = _Step()
-        if self.global_step == self.trainer.max_steps:
-            self.trainer.should_stop = True  # the last step is validated, wherever it falls
+        trainer = self.trainer
+        if self.global_step == trainer.max_steps:
+            trainer.should_stop = True
+        if trainer.should_stop or self.current_epoch + 1 == trainer.max_epochs:
+            trainer.check_val_every_n_epoch = 1  # the end is validated, wherever it falls
 
     def step_metrics(self) -> dict[str, Any]:
         """What is logged after an optimizer step; a stage adds its own."""
@@ -183,6 +208,7 @@ class PolicyModule(pl.LightningModule):
         assert step.norm is not None
         seconds = max(time.perf_counter() - self._last_log, 1e-9)
         return {
+            "loss": self._loss_since_log / max(self._steps_since_log, 1),
             "grad_norm": step.norm,
             "learning_rate": step.learning_rate,
             "num_tokens": self._num_tokens,
@@ -191,7 +217,11 @@ class PolicyModule(pl.LightningModule):
             "skipped_steps": sum(self.guard.skipped.values()),
         }
 
+    def on_validation_start(self) -> None:
+        self._paused = time.perf_counter()
+
     def on_validation_end(self) -> None:
+        self._last_log += time.perf_counter() - self._paused  # validation is not training time
         self.check_reference()
 
     def on_train_end(self) -> None:
@@ -213,6 +243,17 @@ class PolicyModule(pl.LightningModule):
         frozen = {name for name, p in named if not p.requires_grad}
         return {name: value for name, value in state.items() if name not in frozen}
 
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Raises ValueError if the checkpoint does not hold exactly what this module trains."""
+        if wrong := set(self.state_dict()) ^ set(state_dict):
+            raise ValueError(
+                f"the checkpoint is of another model: {min(wrong)!r} is only in one of the two; "
+                "give the model.model that it was trained with."
+            )
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["step_guard"] = self.guard.state_dict()
         checkpoint["num_tokens"] = self._num_tokens
@@ -222,10 +263,32 @@ class PolicyModule(pl.LightningModule):
         self._num_tokens = checkpoint["num_tokens"]
 
     def export(self, folder: str) -> None:
-        """Writes a Hugging Face folder: safetensors, tokenizer, generation config."""
+        """Writes a Hugging Face folder: safetensors, tokenizer, generation config.
+
+        Adapters are written as such where their base can be loaded again, merged where it cannot
+        (a GGUF file, random weights). Generation ends at the model's own end tokens and at those
+        that were trained.
+        """
         self.tokenizer.save_pretrained(folder)
-        self.model.save_pretrained(folder)
-        base_model(self.model).generation_config.save_pretrained(folder)
+        model, base = self.model, base_model(self.model)
+        if isinstance(model, PeftModel) and not getattr(base, "can_be_loaded_again", True):
+            model = copy.deepcopy(model).merge_and_unload()
+        model.save_pretrained(folder)
+        generation = copy.deepcopy(base.generation_config)
+        ends = generation.eos_token_id
+        ends = [ends] if isinstance(ends, int) else list(ends or [])
+        ends += [self.tokenizer.eos_token_id, *self._learned_ends()]
+        ends = list(dict.fromkeys(ends))
+        generation.eos_token_id = ends[0] if len(ends) == 1 else ends
+        generation.save_pretrained(folder)
+
+    def _learned_ends(self) -> list[int]:
+        """Special tokens that end the training samples, such as the end of a chat turn."""
+        data = getattr(self.trainer, "datamodule", None)
+        if data is None or not hasattr(data, "train_examples"):
+            return []
+        special = set(self.tokenizer.all_special_ids)
+        return [i for i in data.train_examples.last_learned() if i in special]
 
 
 class _Step:
@@ -235,6 +298,7 @@ class _Step:
         self.num_micro_batches = 0
         self.loss: Tensor = torch.zeros(())
         self.num_targets = 0
+        self.num_seen = 0
         self.sample_ids: list[int] = []
         self.norm: Tensor | None = None
         self.learning_rate = 0.0

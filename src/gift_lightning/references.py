@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from gift_lightning.collate import Batch
 from gift_lightning.distribution import Distribution
 from gift_lightning.head import Head, ProjectedRows, ReferenceRows
-from gift_lightning.models import DType, causal_lm
+from gift_lightning.models import DType, causal_lm, load_tokenizer
 from gift_lightning.modes import adapter_off, scoring
 from gift_lightning.policy import Policy, supervised_labels
 
@@ -142,11 +142,26 @@ class FrozenCopy(Reference):
                 self.pretrained, self.dtype or default, self.gguf_file, revision=self.revision
             )
         self.policy = Policy(model.eval().requires_grad_(False))
+        if self.pretrained is not None:
+            self.policy.verify(packing=True)
         mine, theirs = len(self.policy.head.weight), len(policy.head.weight)
         if mine != theirs:
             raise ValueError(
                 f"reference.pretrained={self.pretrained!r} has a vocabulary of {mine} entries, the "
                 f"policy of {theirs}: a reference must share the policy's vocabulary."
+            )
+
+    def check_data(self, tokenizer: PreTrainedTokenizerBase, sets: Mapping[str, Samples]) -> None:
+        """Refuses a teacher whose tokenizer gives the same words other ids."""
+        if self.pretrained is None:
+            return
+        mine = tokenizer.get_vocab()
+        theirs = load_tokenizer(self.pretrained, self.gguf_file).get_vocab()
+        both = mine.keys() & theirs.keys()
+        if len(both) < 0.9 * len(mine) or any(mine[word] != theirs[word] for word in both):
+            raise ValueError(
+                f"reference.pretrained={self.pretrained!r} has another tokenizer than the policy: "
+                "a teacher must give every token the same id."
             )
 
     @torch.no_grad()
@@ -172,7 +187,8 @@ class _MovedRows:
         self.logp_y = None
 
     def logits(self, rows: slice, out: Tensor | None = None) -> Float[Tensor, "c v"]:
-        return self.inner.logits(rows).to(self.device)
+        moved = self.inner.logits(rows).to(self.device)
+        return moved if out is None else out.copy_(moved)
 
 
 class OldPolicy(FrozenCopy):
@@ -249,8 +265,10 @@ class Probe:
     def check(self, policy: Policy) -> None:
         """Raises RuntimeError if the reference has changed since the probe was made."""
         found = self.reference.label_logp(policy, self.batch)
-        if not torch.equal(found, self.expected):
-            drift = float((found - self.expected).abs().max())
+        drift = float((found - self.expected).abs().max()) if len(found) else 0.0
+        # An accelerator may choose another kernel for the same numbers; a drift that matters is
+        # larger by far.
+        if not drift <= (1e-3 if found.is_cuda else 0.0):
             raise RuntimeError(
                 f"the reference changed during the run: log-probabilities of the probe batch moved "
                 f"by up to {drift:.3g} nats; this is a defect, the run's targets are wrong."

@@ -1,5 +1,6 @@
 """One run, one folder: where it writes, what it leaves behind, what it says at the end."""
 
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import SaveConfigCallback
 from rich.box import SIMPLE
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from gift_lightning.evaluation import PassAtK
@@ -61,8 +63,9 @@ class Report(Callback):
     def __init__(self) -> None:
         self.before: dict[str, float] = {}
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
+            self._rejected(trainer)
             trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
             total = sum(p.numel() for p in pl_module.parameters())
             Console().print(
@@ -107,12 +110,20 @@ class Report(Callback):
     def _samples(self, console: Console, completions: list[dict[str, Any]]) -> None:
         for sample in completions:
             mark = "[green]right[/green]" if sample["correct"] else "[red]wrong[/red]"
-            console.print(
-                f"[bold]{sample['prompt']}[/bold]{sample['completion']}  {mark}", highlight=False
-            )
+            prompt, completion = escape(sample["prompt"]), escape(sample["completion"])
+            console.print(f"[bold]{prompt}[/bold]{completion}  {mark}", highlight=False)
+
+    def _rejected(self, trainer: pl.Trainer) -> None:
+        """Every record that is not trained, with its place and reason, as `rejected.csv`."""
+        ledgers = getattr(trainer.datamodule, "ledger", {})  # type: ignore[attr-defined]
+        rows = [(name, x.origin, x.reason) for name, y in ledgers.items() for x in y.rejected]
+        if rows and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            Path(trainer.default_root_dir).mkdir(parents=True, exist_ok=True)
+            with (Path(trainer.default_root_dir) / "rejected.csv").open("w", newline="") as file:
+                csv.writer(file).writerows([("set", "record", "reason"), *rows])
 
     def _places(self, console: Console, trainer: pl.Trainer) -> None:
         root = Path(trainer.default_root_dir)
-        names = ("config.yaml", "metrics.csv", "checkpoints", "hf")
+        names = ("config.yaml", "metrics.csv", "rejected.csv", "checkpoints", "hf")
         made = [name for name in names if (root / name).exists()]
-        console.print(f"Written to [bold]{root}[/bold]: {', '.join(made)}", soft_wrap=True)
+        console.print(f"Written to [bold]{escape(str(root))}[/bold]: {', '.join(made)}")

@@ -22,6 +22,8 @@ class Schedule:
     """Last learning rate of warmup_stable_decay, relative to the peak."""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.min_lr_ratio <= 1:
+            raise ValueError(f"schedule: min_lr_ratio is from 0 to 1, got {self.min_lr_ratio}.")
         if self.warmup < 0 or self.decay < 0:
             raise ValueError(
                 f"schedule: warmup and decay must be 0 or more, got {self.warmup} and {self.decay}."
@@ -46,7 +48,7 @@ class Schedule:
             optimizer,
             num_warmup_steps=warmup,
             num_training_steps=num_steps,
-            scheduler_specific_kwargs=wsd if decay else None,
+            scheduler_specific_kwargs=wsd if self.name == "warmup_stable_decay" else None,
         )
 
 

@@ -62,8 +62,10 @@ class SFT(PolicyModule):
         target.check(reference=reference is not None, old_policy=True)
         if reduction not in get_args(Reduction):
             raise ValueError(f"reduction is one of {get_args(Reduction)}, got {reduction!r}.")
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"model.chunk_size must be 1 or more, got {chunk_size}.")
         super().__init__(model, reference, optimizer, schedule, tokenizer, max_skipped_steps)
-        self.target = target
+        self.target = self._configured = target
         self.reduction = reduction
         self.chunk_size = chunk_size
         self.old_policy = OldPolicy(old_policy_every) if target.needs_old_policy else None
@@ -76,6 +78,10 @@ class SFT(PolicyModule):
             self.old_policy.setup(self.policy)
 
     def on_fit_start(self) -> None:
+        self._resolve_target()
+
+    def _resolve_target(self) -> None:
+        """Fills in what the target takes from the data; a checkpoint brings it along."""
         if self.target.is_resolved:
             return
         assert self.reference is not None, "guarded by Target.check"
@@ -88,8 +94,8 @@ class SFT(PolicyModule):
         self.target = self.target.resolve(surprise, self.vocab_size)
         self.print(f"Found before training: {self.target}")
         for logger in self.loggers:
-            found = dataclasses.asdict(self.target)  # type: ignore[call-overload]
-            logger.log_metrics({f"target/{k}": v for k, v in found.items() if v is not None}, 0)
+            found = {f"target/{k}": v for k, v in _fields(self.target).items() if v is not None}
+            logger.log_metrics(found, 0)
 
     def _gathered(self, values: Tensor) -> Tensor:
         """One vector of all ranks' values, whatever their lengths."""
@@ -140,9 +146,11 @@ class SFT(PolicyModule):
     def step_metrics(self) -> dict[str, Any]:
         means = self._train_means.compute()
         self._train_means.reset()
-        return {**super().step_metrics(), **means}
+        return {**means, **super().step_metrics()}
 
     def on_validation_start(self) -> None:
+        super().on_validation_start()
+        self._resolve_target()
         names = self._val_names()
         while len(self._val_means) < len(names):
             self._val_means.append(TokenMeans().to(self.device))
@@ -167,11 +175,20 @@ class SFT(PolicyModule):
         super().on_save_checkpoint(checkpoint)
         if self.old_policy is not None:
             checkpoint["old_policy"] = self.old_policy.state_dict(self.policy)
+        if not self._configured.is_resolved:
+            checkpoint["target"] = [_fields(self._configured), _fields(self.target)]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        if self.old_policy is not None:
+        if self.old_policy is not None and "old_policy" in checkpoint:
             self.old_policy.load_state_dict(checkpoint["old_policy"])
+        configured, found = checkpoint.get("target", (None, None))
+        if not self.target.is_resolved and configured == _fields(self.target):
+            self.target = type(self.target)(**found)
+
+
+def _fields(target: Target) -> dict[str, Any]:
+    return dataclasses.asdict(target)  # type: ignore[call-overload]
 
 
 class StandardSFT(SFT):
