@@ -555,7 +555,9 @@ def test_overwrite_only_if_asked(tmp_path):
     of, path, train = policy(), tmp_path / "c", {"t": samples(2)}
     path.mkdir()  # an empty folder is as good as none
     CachedTopK(str(path), 3).write(of, tokenizer(), train)
-    with pytest.raises(ValueError, match=r"already: use it, give another path, or .* `--overwrite true`"):
+    with pytest.raises(
+        ValueError, match=r"already: use it, give another path, or .* `--overwrite true`"
+    ):
         CachedTopK(str(path), 4).write(of, tokenizer(), train)
     CachedTopK(str(path), 3).setup(of)
     CachedTopK(str(path), 4).write(of, tokenizer(), train, overwrite=True)

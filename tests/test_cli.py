@@ -167,6 +167,11 @@ def test_a_new_folder_for_every_run(tmp_path):
             ["--data", "SFTData", "--data.train", "columns.jsonl"],
             ["columns.jsonl", "columns (a, b, c)"],
         ),
+        (["--model.chunk_size", "0"], ["model.chunk_size must be 1 or more"]),
+        (["--model.max_skipped_steps", "0"], ["model.max_skipped_steps must be 1 or more"]),
+        (["--ckpt_path", "gone.ckpt"], ["'gone.ckpt' is no file", "checkpoints/last.ckpt"]),
+        (["--ckpt_path", "last"], ["'last' is no file"]),
+        (["--trainer.overfit_batches", "2"], ["trainer.overfit_batches", "limit"]),
         (["--model.model.pretrained", "x"], ["'pretrained' is no option of"]),
         (["--model.model", "gift_lightning.models.causal_lm"], ["pretrained"]),
         (
@@ -215,6 +220,91 @@ def test_an_unreadable_file_is_named(here, capsys):
     Path("broken.parquet").write_bytes(b"no parquet at all")
     said = refused(capsys, "--data", "SFTData", "--data.train", "broken.parquet")
     assert "broken.parquet" in said
+
+
+def test_a_key_that_stands_twice_is_refused(here, capsys):
+    Path("twice.yaml").write_text(TINY + "trainer:\n  max_steps: 3\n")
+    said = refused(capsys, "fit", "--config", "twice.yaml")
+    assert "'trainer' stands here and in line" in said and "twice.yaml:" in said
+
+
+def test_records_that_are_not_trained_are_listed(here, capsys):
+    rows = ['{"prompt": "1", "completion": "2"}'] * 30 + ["no json", '{"prompt": "1"}']
+    Path("rows.jsonl").write_text("\n".join(rows))
+    fit("--data", "SFTData", "--data.train", "rows.jsonl", "--data.max_rejected", "0.1")
+    with Path("runs/tiny/rejected.csv").open() as file:
+        listed = list(csv.DictReader(file))
+    assert [row["record"] for row in listed] == ["rows.jsonl:31", "rows.jsonl:32"]
+    assert all(row["reason"] for row in listed)
+    assert "rows.jsonl:31" in capsys.readouterr().out
+
+
+def test_validate_measures_a_checkpoint(here, capsys):
+    fit("--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.5")
+    after = [row for row in logged(Path("runs/tiny")) if row["val/in/nll"]][-1]["val/in/nll"]
+    last = "runs/tiny/checkpoints/last.ckpt"
+    main(["validate", "--config", "tiny.yaml", "--ckpt_path", last])
+    assert after[:6] in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_another_model_is_refused(here, capsys):
+    fit()
+    last = "runs/tiny/checkpoints/last.ckpt"
+    lora = "--model.model.lora.r=4"
+    with pytest.raises(SystemExit):
+        main(["validate", "--config", "tiny.yaml", lora, "--ckpt_path", last])
+    assert "the checkpoint is of another model" in capsys.readouterr().err
+
+
+def test_a_run_resumes_with_another_target(here, capsys):
+    fit()
+    last = "runs/tiny/checkpoints/last.ckpt"
+    fit("--ckpt_path", last, "--trainer.max_steps", "3", "--model.target", "PSFT")
+    assert "SFT towards PSFT" in capsys.readouterr().out
+
+
+def test_the_end_is_validated_wherever_it_falls(here, capsys):
+    fit("--trainer.check_val_every_n_epoch", "7")
+    assert "Before and after training" in capsys.readouterr().out
+    fit("--trainer.enable_checkpointing", "false")
+    assert not Path("runs/tiny-1/checkpoints").exists()
+
+
+@pytest.mark.parametrize("lora", [[], ["--model.model.lora.r=4"]], ids=["full", "lora"])
+def test_the_exported_folder_is_the_trained_model(here, monkeypatch, lora):
+    """Logits of the last batch; adapters on weights that cannot be loaded again come merged."""
+    from gift_lightning.module import PolicyModule
+
+    ids, seen = torch.arange(3, 12)[None], {}
+    export = PolicyModule.export
+
+    def spy(self, folder):
+        with torch.no_grad():
+            seen["logits"] = self.model.eval()(input_ids=ids).logits
+        export(self, folder)
+
+    monkeypatch.setattr(PolicyModule, "export", spy)
+    fit(*lora, "--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "5")
+    model = AutoModelForCausalLM.from_pretrained("runs/tiny/hf")
+    torch.testing.assert_close(model(input_ids=ids).logits, seen["logits"], atol=1e-5, rtol=0)
+
+
+def test_generation_ends_where_chats_were_taught_to_end(here):
+    from gift_lightning.models import load_tokenizer
+
+    tokenizer = load_tokenizer("gift:countdown")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<unk>"]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] }}<unk>{% endfor %}"
+        "{% if add_generation_prompt %}{% endif %}"
+    )
+    tokenizer.save_pretrained("tokenizer")
+    Path("chat.jsonl").write_text(
+        '{"messages": [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]}\n'
+    )
+    fit("--data", "SFTData", "--data.train", "chat.jsonl", "--model.tokenizer", "tokenizer")
+    ends = AutoModelForCausalLM.from_pretrained("runs/tiny/hf").generation_config.eos_token_id
+    assert ends == [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<unk>")]
 
 
 def test_a_teacher_with_another_vocabulary_is_refused(here, capsys):

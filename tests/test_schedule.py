@@ -47,6 +47,12 @@ def test_a_schedule_that_does_not_fit_is_refused():
         Schedule(warmup=-1)
 
 
+def test_stable_without_decay_and_a_wrong_floor():
+    assert rates(Schedule("warmup_stable_decay", decay=0), 3) == [1, 1, 1]
+    with pytest.raises(ValueError, match="min_lr_ratio"):
+        Schedule(min_lr_ratio=2)
+
+
 def test_the_guard_counts_by_reason_and_stops():
     guard, ok, bad = StepGuard(2), torch.tensor(1.0), torch.tensor(float("inf"))
     assert guard.decide(ok, ok, 5) is None

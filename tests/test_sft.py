@@ -242,6 +242,30 @@ def test_a_step_cut_by_a_limit_is_refused(tmp_path):
     assert module.global_step == 2
 
 
+def test_accumulation_must_not_change_in_a_run(tmp_path):
+    schedule = pl.callbacks.GradientAccumulationScheduler({0: 1, 1: 2})
+    with pytest.raises(ValueError, match="accumulate_grad_batches must not change in a run"):
+        _fit(_module(OneHot()), UnevenData(), tmp_path, callbacks=[schedule], max_epochs=2)
+
+
+def test_double_precision_with_a_reference_in_single(tmp_path):
+    module = _module(GIFT(3.0))
+    _fit(module, UnevenData(), tmp_path, precision="64-true", max_steps=1)
+    assert _weights(module).dtype == torch.float64 and _weights(module).isfinite().all()
+
+
+def test_trust_travels_with_the_checkpoint(tmp_path):
+    saver = ModelCheckpoint(tmp_path, filename="end")
+    trained = _fit(_module(GIFT(trust=0.8)), UnevenData(), tmp_path, callbacks=[saver])
+    assert trained.target.trust is None and trained.target.beta > 0
+    resumed = _module(GIFT(trust=0.8))
+    resumed.on_load_checkpoint(torch.load(tmp_path / "end.ckpt", weights_only=True))
+    assert resumed.target == trained.target
+    other = _module(GIFT(trust=0.7))
+    other.on_load_checkpoint(torch.load(tmp_path / "end.ckpt", weights_only=True))
+    assert other.target == GIFT(trust=0.7)
+
+
 def test_a_run_without_validation_data(tmp_path):
     class Unvalidated(UnevenData):
         def val_records(self):

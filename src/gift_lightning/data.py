@@ -147,7 +147,7 @@ class SFTData(pl.LightningDataModule):
         trainer = self.trainer
         assert trainer is not None
         world, rank = trainer.world_size, trainer.global_rank
-        if trainer.overfit_batches:  # type: ignore[attr-defined]
+        if getattr(trainer, "overfit_batches", 0):
             raise ValueError(
                 "trainer.overfit_batches replaces the order of the data, which is this data "
                 "module's: take fewer records by the source's `limit` instead."
