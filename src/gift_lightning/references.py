@@ -203,10 +203,11 @@ class OldPolicy(FrozenCopy):
         if every < 1:
             raise ValueError(f"old_policy_every must be 1 or more, got {every}.")
         self.every = every
+        self.known = False
 
     def refresh(self, policy: Policy, step: int) -> None:
-        """Takes over the policy's weights if `step` is due."""
-        if step % self.every == 0:
+        """Takes over the policy's weights if `step` is due, or none were restored to start from."""
+        if step % self.every == 0 or not self.known:
             self.load_state_dict(_trainable(policy))
 
     def state_dict(self, policy: Policy) -> dict[str, Tensor]:
@@ -218,6 +219,7 @@ class OldPolicy(FrozenCopy):
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         assert self.policy is not None, "setup comes first"
         self.policy.load_state_dict(state, strict=False)
+        self.known = True
 
 
 def _trainable(policy: Policy) -> dict[str, Tensor]:

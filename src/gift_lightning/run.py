@@ -42,14 +42,10 @@ class SaveConfig(SaveConfigCallback):
 class ExportHF(Callback):
     """Writes the trained model as a Hugging Face folder, `hf/` in the run's folder."""
 
-    def __init__(self) -> None:
-        self.folder: Path | None = None
-
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, PolicyModule)
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self.folder = Path(trainer.default_root_dir) / "hf"
-            pl_module.export(str(self.folder))
+            pl_module.export(str(Path(trainer.default_root_dir) / "hf"))
 
 
 _COLUMNS = ("nll", "entropy", "kl_reference", "mean_token_accuracy", "pass@1", "pass@16")
