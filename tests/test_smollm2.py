@@ -4,6 +4,7 @@ import csv
 from pathlib import Path
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from gift_lightning.cli import main
 
@@ -45,4 +46,6 @@ trainer:
     checkpoint = next(Path("runs/real/checkpoints").glob("epoch*.ckpt"))
     state = torch.load(checkpoint, weights_only=True)["state_dict"]
     assert state and all("lora" in name for name in state)
+    exported = AutoModelForCausalLM.from_pretrained("runs/real/hf")  # merged: no GGUF to go back to
+    assert sum(p.numel() for p in exported.parameters()) > 134e6
     assert checkpoint.stat().st_size < 40e6  # adapters and their moments, not 134 M weights

@@ -112,6 +112,9 @@ def causal_lm(
             f"safetensors, a hub id, or gift:countdown ({first})"
         ) from error
     model.gguf_file = gguf_file  # type: ignore[assignment]
+    if gguf_file is not None:  # plain tensors by now, which transformers would refuse to save
+        model.hf_quantizer, model.is_quantized = None, False  # type: ignore[assignment]
+        del model.config.quantization_config
     model.can_be_loaded_again = gguf_file is None  # type: ignore[assignment]
     return _for_training(model, gradient_checkpointing, lora)
 
