@@ -144,9 +144,9 @@ def run(options: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
     for turn in range(options.repeats):
         for cell in (cell for group in GROUPS for cell in group):
             command = [sys.executable, __file__, *sizes, f"--cell={cell}"]
-            out = subprocess.run(
-                command, env=environment, stdout=subprocess.PIPE, text=True, check=True
-            )
+            out = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+            if out.returncode:  # −9: killed, most likely for memory
+                sys.exit(f"{cell} ended with status {out.returncode}: try fewer --tokens.")
             if found := json.loads(out.stdout.splitlines()[-1]):
                 results.setdefault(cell, []).append(found)
                 print(f"  {turn + 1}/{options.repeats} {cell}: {found['seconds']:.2f} s",
