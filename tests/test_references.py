@@ -369,6 +369,7 @@ def test_probe_catches_drift():
 def test_old_policy_follows_in_steps(lora):
     of, b = policy(lora), batch()
     old = ready(OldPolicy(every=2), of)
+    old.refresh(of, 0)
     reference = ready(FrozenCopy(), of)
     start = old.label_logp(of, b)
     for step in range(1, 5):
@@ -379,6 +380,9 @@ def test_old_policy_follows_in_steps(lora):
         assert torch.equal(found, current) == (step % 2 == 0)
         assert not any(p.requires_grad for p in old.policy.parameters())
     assert not torch.equal(found, start)
+    late = ready(OldPolicy(every=2), policy(lora))  # resumed without an old policy to restore
+    late.refresh(of, 3)
+    assert torch.equal(late.label_logp(of, b), ready(FrozenCopy(), of).label_logp(of, b))
     with pytest.raises(ValueError, match="1 or more, got 0"):
         OldPolicy(0)
 

@@ -34,7 +34,7 @@ class GIFT(Target):
 
     needs_reference: ClassVar[bool] = True
     beta: float = 20.0
-    """Tilt towards the label in nats; inf is standard SFT, 0 distils the reference."""
+    """Tilt towards the label in nats; .inf is standard SFT, 0 distils the reference."""
     smoothing: float = 0.0
     """Share of the uniform distribution mixed into the reference (0.01 for Llama in the paper)."""
     floor: float = 0.0
