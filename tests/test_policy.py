@@ -330,13 +330,17 @@ def test_verify_refuses_a_softcap_under_another_name():
     ],
     ids=["opt", "jamba"],
 )
-def test_verify_refuses_packing_that_leaks(cls, config):
+def test_verify_refuses_packing_that_leaks(cls, config, tmp_path):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         of = Policy(cls(config))
-    of.verify(packing=False)
-    with pytest.raises(ValueError, match=r"set data\.packing: false"):
-        of.verify(packing=True)
+    of.model.save_pretrained(tmp_path)
+    teacher = FrozenCopy(str(tmp_path))
+    teacher.setup(of)
+    for model in of, teacher:  # a teacher is held to the packing of the run, and to no more
+        model.verify(packing=False)
+        with pytest.raises(ValueError, match=r"set data\.packing: false"):
+            model.verify(packing=True)
 
 
 @pytest.mark.parametrize(

@@ -204,6 +204,7 @@ class CachedTopK(Reference):
         _check_free(final, overwrite)
         if self.source is not None:
             self.source.setup(policy)
+            self.source.verify(packing=False)
         else:
             require_intact_base(policy)
         samples: Any = ConcatDataset([cast(Any, s) for s in sets.values()])

@@ -33,37 +33,6 @@ class Completion:
     finished: bool
 
 
-def sample(
-    model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    num_samples: int,
-    *,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    eos_ids: Sequence[int],
-    pad_id: int,
-    seed: int,
-    batch_size: int = 256,
-    keys: Sequence[int] | None = None,
-) -> list[list[list[int]]]:
-    """`num_samples` completions (token ids, end token included) of each prompt; see `generate`."""
-    groups = generate(
-        model,
-        prompts,
-        num_samples,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        eos_ids=eos_ids,
-        pad_id=pad_id,
-        seed=seed,
-        batch_size=batch_size,
-        keys=keys,
-    )
-    return [[completion.tokens for completion in group] for group in groups]
-
-
 def generate(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],

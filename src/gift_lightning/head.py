@@ -338,11 +338,8 @@ class _FusedLoss(torch.autograd.Function):
         needs = tuple(with_grad and need for need in ctx.needs_input_grad[:3])
         with torch.autocast(hidden.device.type, enabled=False):
             result = _run(hidden, job, needs)  # type: ignore[arg-type]
-        loss = result.stats[0]
-        if job.token_weight is not None:
-            loss = loss * job.token_weight
-        elif loss is result.stats[0]:
-            loss = loss.clone()
+        value, weight_of = result.stats[0], job.token_weight
+        loss = value.clone() if weight_of is None else value * weight_of
         ctx.save_for_backward(hidden, weight, bias)
         ctx.job, ctx.needs, ctx.made = job, needs, result
         ctx.mark_non_differentiable(*result.stats)

@@ -50,7 +50,7 @@ def evaluate(
     if not target.is_resolved:
         raise ValueError(
             f"target {type(target).__name__} has an option that is found from the data before "
-            "training: train with it, or call target.resolve(reference_logp_y) first."
+            "training: train with it, or call target.resolve(reference_logp_y, num_classes) first."
         )
     gamma, rest = _label_weight(target, t)
     declared_scale = target.scale(t)

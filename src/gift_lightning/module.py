@@ -85,9 +85,11 @@ class PolicyModule(pl.LightningModule):
     def setup(self, stage: str) -> None:
         """Refuses a model or a reference that would give wrong numbers, before any checkpoint."""
         data = getattr(self.trainer, "datamodule", None)
-        self.policy.verify(packing=getattr(data, "packing", False))
+        packing = getattr(data, "packing", False)
+        self.policy.verify(packing)
         if self.reference is not None:
             self.reference.setup(self.policy)
+            self.reference.verify(packing)
             if data is not None and hasattr(data, "sets"):
                 self.reference.check_data(self.tokenizer, data.sets)
 

@@ -43,6 +43,13 @@ class Reference(ABC):
             ValueError: if this reference cannot serve that policy.
         """
 
+    def verify(self, packing: bool) -> None:  # noqa: B027 (most have no model of their own)
+        """Called after `setup`: checks a model that the policy does not stand for.
+
+        Raises:
+            ValueError: as `Policy.verify`.
+        """
+
     def check_data(  # noqa: B027 (most references read no data)
         self, tokenizer: PreTrainedTokenizerBase, sets: Mapping[str, Samples]
     ) -> None:
@@ -142,14 +149,16 @@ class FrozenCopy(Reference):
                 self.pretrained, self.dtype or default, self.gguf_file, revision=self.revision
             )
         self.policy = Policy(model.eval().requires_grad_(False))
-        if self.pretrained is not None:
-            self.policy.verify(packing=True)
         mine, theirs = len(self.policy.head.weight), len(policy.head.weight)
         if mine != theirs:
             raise ValueError(
                 f"reference.pretrained={self.pretrained!r} has a vocabulary of {mine} entries, the "
                 f"policy of {theirs}: a reference must share the policy's vocabulary."
             )
+
+    def verify(self, packing: bool) -> None:
+        if self.pretrained is not None and self.policy is not None:
+            self.policy.verify(packing)
 
     def check_data(self, tokenizer: PreTrainedTokenizerBase, sets: Mapping[str, Samples]) -> None:
         """Refuses a teacher whose tokenizer gives the same words other ids."""
