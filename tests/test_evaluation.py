@@ -13,7 +13,7 @@ from gift_lightning import countdown_data
 from gift_lightning.evaluation import PassAtK
 from gift_lightning.functional import pass_at_k
 from gift_lightning.generation import generate
-from gift_lightning.order import keyed_seed
+from gift_lightning.seeds import keyed_seed
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from gift_lightning.order import MicroBatch, MicroBatches, Sequential, keyed_seed
+from gift_lightning.order import MicroBatch, MicroBatches, Sequential
+from gift_lightning.seeds import keyed_seed
 
 
 def lengths_of(n):

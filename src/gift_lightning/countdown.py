@@ -15,7 +15,7 @@ from functools import cache
 from itertools import combinations, combinations_with_replacement
 from typing import Literal, NamedTuple, TypeAlias
 
-from gift_lightning.order import keyed_seed
+from gift_lightning.seeds import keyed_seed
 
 Split = Literal["train", "demonstration", "validation", "test"]
 Kind = Literal["any", "in", "out"]

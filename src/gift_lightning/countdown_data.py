@@ -26,8 +26,8 @@ from gift_lightning.countdown import (
     split_of,
 )
 from gift_lightning.data import SFTData
-from gift_lightning.order import keyed_seed
 from gift_lightning.records import Record, Rejected
+from gift_lightning.seeds import keyed_seed
 
 CHARACTERS = " 0123456789+-*/()=<>:.,?answer"
 _KINDS: tuple[Kind, ...] = ("in", "out", "any")

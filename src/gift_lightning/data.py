@@ -17,9 +17,10 @@ from transformers import PreTrainedTokenizerBase
 from gift_lightning.collate import Batch
 from gift_lightning.examples import Batches, Examples, Ledger
 from gift_lightning.masks import LossOn
-from gift_lightning.order import MicroBatches, Sequential, keyed_seed, mixture
+from gift_lightning.order import MicroBatches, Sequential, mixture
 from gift_lightning.records import Record, Rejected, Source, read
 from gift_lightning.render import Rendering, Truncation, encode_all
+from gift_lightning.seeds import keyed_seed
 
 Sources: TypeAlias = str | Source | list[str | Source]
 

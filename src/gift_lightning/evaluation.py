@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gift_lightning.functional import pass_at_k
 from gift_lightning.generation import generate
-from gift_lightning.order import keyed_seed
+from gift_lightning.seeds import keyed_seed
 
 
 @runtime_checkable

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from gift_lightning.modes import sampling
-from gift_lightning.order import keyed_seed
+from gift_lightning.seeds import keyed_seed
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ from gift_lightning.diagnostics import peak_memory_gib
 from gift_lightning.functional import IGNORED
 from gift_lightning.guard import StepGuard, gradient_norm
 from gift_lightning.models import base_model, load_tokenizer
-from gift_lightning.order import keyed_seed
 from gift_lightning.policy import Policy
 from gift_lightning.references import Probe, Reference
 from gift_lightning.schedule import Schedule
+from gift_lightning.seeds import keyed_seed
 
 
 class PolicyModule(pl.LightningModule):

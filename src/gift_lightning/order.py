@@ -4,7 +4,6 @@ One optimizer step is one *window* of a permutation of the epoch's samples. A wi
 its first backward, so every rank knows the number of supervised tokens of the whole step.
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -12,14 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
-
-def keyed_seed(seed: int, purpose: str, *key: int | str) -> int:
-    """One random stream per purpose: a 63-bit seed that depends on all arguments.
-
-    The built-in `hash` varies between processes, so the sha256 of the arguments' `repr` is used.
-    """
-    digest = hashlib.sha256(repr((seed, purpose, *key)).encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
+from gift_lightning.seeds import keyed_seed
 
 
 def permutation(n: int, seed: int, purpose: str, key: int | str) -> np.ndarray:
