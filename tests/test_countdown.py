@@ -319,7 +319,7 @@ def test_data_of_the_demonstrations():
     tokenizer = countdown_data.tokenizer()
     data.prepare(tokenizer, len(tokenizer))
     assert data.ledger["train"].counts == {"read": 40, "used": 40}
-    assert data.val_names == ["in", "out", "any"] and len(data.val_examples("out")) == 12
+    assert data.val_names == ["in", "out", "any"] and len(data.sets["out"]) == 12
     assert len(data.train_dataloader()) == 5
     problems = data.eval_problems()
     for kind, records in data.val_records().items():

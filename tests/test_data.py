@@ -61,7 +61,7 @@ def test_in_memory_records():
     assert data.val_names == ["a", "b"]
     sizes = [[b["sample_ids"].tolist() for b in loader] for loader in data.val_dataloader()]
     assert sizes == [[[0, 1]], [[0, 1], [2, 3], [4]]]
-    assert len(data.val_examples("b")) == 5
+    assert len(data.sets["b"]) == 5
     batch = next(iter(data.val_dataloader()[1]))
     assert (batch["step_tokens"], batch["step_sequences"]) == (15, 5)
 
@@ -85,7 +85,7 @@ def test_batches_of_an_epoch():
 def test_ranks_share_an_epoch():
     parts = [prepared(Letters(13, batch_size=2), world=2, rank=r, accumulate=2) for r in (0, 1)]
     one = prepared(Letters(13, batch_size=4), accumulate=2)
-    assert len({part.fingerprint for part in [*parts, one]}) == 1
+    assert len({str(part.identity) for part in [*parts, one]}) == 1
     batches = [list(part.train_dataloader()) for part in parts]
     assert len(batches[0]) == len(batches[1]) == len(one.train_dataloader()) == 4
     for a, b, c in zip(*batches, one.train_dataloader(), strict=True):
@@ -111,7 +111,7 @@ def test_weights():
     assert (ledger.read, ledger.used, len(ledger.left_out)) == (24, 20, 4)
     assert ledger.counts == {"read": 24, "used": 20, "left out by weight": 4}
     again = prepared(Mixed([], seed=1))
-    assert again.fingerprint == data.fingerprint
+    assert again.identity == data.identity
     assert prepared(Mixed([], seed=2)).ledger["train"].left_out != ledger.left_out
 
 
@@ -498,12 +498,26 @@ def test_other_distributed_samplers_are_refused():
         data.setup("fit")
 
 
-def test_the_fingerprint_sees_every_change():
-    def fingerprint(**options):
-        return prepared(Letters(6, **options)).fingerprint
+def test_the_identity_sees_every_change():
+    def identity(**options):
+        return prepared(Letters(6, **options)).identity
 
-    base = fingerprint()
-    assert base == fingerprint() == fingerprint(packing=False, num_workers=1)
+    base = str(identity())
+    assert identity() == identity(packing=False, num_workers=1)
     changes = [{"seed": 1}, {"batch_size": 4}, {"loss_on": "all"}, {"prompt_format": "{prompt}:"}]
-    assert len({base, *(fingerprint(**change) for change in changes)}) == 5
-    assert len(base) == 64
+    assert len({base, *(str(identity(**change)) for change in changes)}) == 5
+
+
+def test_another_tokenizer_prepares_the_data_again():
+    module = type("Module", (), {"tokenizer": byte_tokenizer(), "vocab_size": 300})()
+    data = Letters(4)
+    fields = {"world_size": 1, "global_rank": 0, "accumulate_grad_batches": 1}
+    fields |= {"is_global_zero": False, "lightning_module": module}
+    data.trainer = type("Trainer", (), fields)()
+    data.setup("fit")
+    examples = data.train_examples
+    data.setup("fit")
+    assert data.train_examples is examples
+    module.tokenizer = byte_tokenizer()
+    data.setup("fit")
+    assert data.train_examples is not examples

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any, TypeAlias
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
 from rich.console import Console
@@ -18,6 +17,7 @@ from gift_lightning.collate import Batch
 from gift_lightning.examples import Batches, Examples, Ledger
 from gift_lightning.masks import LossOn
 from gift_lightning.order import MicroBatches, Sequential, mixture
+from gift_lightning.position import PositionedData
 from gift_lightning.records import Record, Rejected, Source, read
 from gift_lightning.render import Rendering, Truncation, encode_all
 from gift_lightning.seeds import keyed_seed
@@ -25,7 +25,7 @@ from gift_lightning.seeds import keyed_seed
 Sources: TypeAlias = str | Source | list[str | Source]
 
 
-class SFTData(pl.LightningDataModule):
+class SFTData(PositionedData):
     """Supervised fine-tuning data from files, folders or the hub.
 
     Every record read is either trained or listed in `ledger` with its reason. The order of the
@@ -48,6 +48,8 @@ class SFTData(pl.LightningDataModule):
         num_workers: Processes that prepare batches; 0 prepares them in the training process.
         seed: Seed of the data order and of fractional source weights.
     """
+
+    sampler: MicroBatches | None = None
 
     def __init__(
         self,
@@ -81,7 +83,7 @@ class SFTData(pl.LightningDataModule):
         self.max_rejected, self.num_workers, self.seed = max_rejected, num_workers, seed
         self.ledger: dict[str, Ledger] = {}
         self._sets: dict[str, tuple[Examples, np.ndarray]] = {}
-        self._sampler: MicroBatches | None = None
+        self._prepared_for: tuple[PreTrainedTokenizerBase, int] | None = None
 
     def train_records(self) -> Iterable[Record | Rejected]:
         """The training records; override to bring others (`origin` names them in reports)."""
@@ -107,6 +109,7 @@ class SFTData(pl.LightningDataModule):
         Raises:
             ValueError: A source cannot be read, or too many of its records cannot be used.
         """
+        self._prepared_for = (tokenizer, vocab_size)
         self._tokenizer, pad = tokenizer, tokenizer.pad_token_id
         self._pad_id = pad if pad is not None and pad < vocab_size else 0
         named = {"train": self.train_records(), **self.val_records()}
@@ -141,7 +144,7 @@ class SFTData(pl.LightningDataModule):
     def _deal(self, world: int, rank: int, accumulate: int) -> None:
         examples, ids = self._sets["train"]
         sizes = (examples.lengths, examples.num_targets, self.batch_size)
-        self._sampler = MicroBatches(ids, *sizes, accumulate, world, rank, self.seed)
+        self.sampler = MicroBatches(ids, *sizes, accumulate, world, rank, self.seed)
 
     def setup(self, stage: str) -> None:
         """Prepare for the trainer: tokenizer and vocabulary size come from its module."""
@@ -159,8 +162,8 @@ class SFTData(pl.LightningDataModule):
                 "to false."
             )
         accumulate = trainer.accumulate_grad_batches
-        if self._sampler is None:
-            module: Any = trainer.lightning_module
+        module: Any = trainer.lightning_module
+        if self._prepared_for != (module.tokenizer, module.vocab_size):
             self.prepare(module.tokenizer, module.vocab_size, world, rank, accumulate)
             if trainer.is_global_zero:
                 self.report()
@@ -192,18 +195,14 @@ class SFTData(pl.LightningDataModule):
         """The tokenised training samples; `sample_ids` of a batch are its indices."""
         return self.sets["train"]
 
-    def val_examples(self, name: str) -> Examples:
-        """The tokenised samples of a validation set."""
-        return self.sets[name]
-
     @property
     def val_names(self) -> list[str]:
         """The validation sets, in the order of their loaders."""
         return [name for name in self._sets if name != "train"]
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        assert self._sampler is not None
-        return self._loader(self.train_examples, self._sampler)
+        assert self.sampler is not None
+        return self._loader(self.train_examples, self.sampler)
 
     def one_pass(self) -> DataLoader[Batch]:
         """This rank's share of an epoch's samples in order, apart from the training position."""
@@ -214,8 +213,8 @@ class SFTData(pl.LightningDataModule):
         return [self._in_order(name) for name in self.val_names]
 
     def _in_order(self, name: str) -> DataLoader[Batch]:
-        assert self._sampler is not None
-        (examples, ids), world, rank = self._sets[name], self._sampler.world, self._sampler.rank
+        assert self.sampler is not None
+        (examples, ids), world, rank = self._sets[name], self.sampler.world, self.sampler.rank
         order = Sequential(ids, examples.num_targets, self.batch_size, world, rank)
         return self._loader(examples, order)
 
@@ -226,82 +225,15 @@ class SFTData(pl.LightningDataModule):
         return DataLoader(batches, None, sampler=sampler, num_workers=workers, generator=own)
 
     @property
-    def _identity(self) -> dict[str, str | int]:
-        """What the order of the data depends on."""
-        assert self._sampler is not None
+    def identity(self) -> dict[str, str | int]:
+        assert self.sampler is not None
         examples, ids = self._sets["train"]
         return {
             "samples": hashlib.sha256(examples.digest.encode() + ids.tobytes()).hexdigest(),
             "seed": self.seed,
-            "samples per step": self._sampler.samples_per_step,
-            "accumulate_grad_batches": self._sampler.accumulate,
+            "samples per step": self.sampler.samples_per_step,
+            "accumulate_grad_batches": self.sampler.accumulate,
         }
-
-    @property
-    def fingerprint(self) -> str:
-        """sha256 over the samples, their labels, the seed and the samples per step."""
-        return hashlib.sha256(repr(sorted(self._identity.items())).encode()).hexdigest()
-
-    def state_dict(self) -> dict[str, Any]:
-        """The position in the data: the epoch and its micro-batches already trained."""
-        if self.trainer is None or self._sampler is None:
-            return {}
-        loop: Any = self.trainer.fit_loop
-        epoch, batch = loop.epoch_progress.current, loop.epoch_loop.batch_progress.current
-        # `processed` counts trained batches at every hook; the trainer resumes from it as well.
-        done = batch.processed
-        if epoch.ready > epoch.started and done:
-            raise ValueError(
-                "A checkpoint written in on_train_epoch_start cannot be resumed; write it at the "
-                "end of a step or of an epoch."
-            )
-        return {
-            "epoch": self._sampler.epoch,
-            "micro_batches_done": done,
-            "epoch_trained": done > 0 and done >= self.trainer.num_training_batches,
-            "batch_closed": batch.completed == done,
-            "epoch_closed": epoch.started == epoch.processed,
-            "identity": self._identity,
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a saved position.
-
-        Raises:
-            ValueError: The data or its order changed, or the position is inside a step.
-        """
-        assert self.trainer is not None and self._sampler is not None
-        if self.trainer.state.fn != "fit":
-            return
-        old, new = state_dict["identity"], self._identity
-        changed = [
-            f"{key} ({old[key]} before, {new[key]} now)" if key != "samples" else "the samples"
-            for key in new
-            if old[key] != new[key]
-        ]
-        if changed:
-            raise ValueError(
-                f"The checkpoint was written with other data: {', '.join(changed)} changed; "
-                "restore them, or start a new run from the exported weights."
-            )
-        epoch, done = state_dict["epoch"], state_dict["micro_batches_done"]
-        by_epochs, accumulate = self.trainer.max_steps == -1, self._sampler.accumulate
-        if state_dict["epoch_trained"]:
-            # The trainer may enter the finished epoch once more, without training in it.
-            again = state_dict["batch_closed"] and not (by_epochs and state_dict["epoch_closed"])
-            epoch, done = (epoch, len(self._sampler)) if again else (epoch + 1, 0)
-        elif done % accumulate:
-            raise ValueError(
-                f"The checkpoint was written inside an optimizer step, after micro-batch {done} "
-                f"of epoch {epoch} with accumulate_grad_batches={accumulate}; resume from one "
-                "written at the end of a step."
-            )
-        elif done and by_epochs and state_dict["epoch_closed"]:
-            raise ValueError(
-                f"The checkpoint was written after training stopped inside epoch {epoch}; resume "
-                "it with trainer.max_steps, or from one written at the end of a step."
-            )
-        self._sampler.start(epoch, done)
 
 
 def _sources(value: Sources) -> list[Source]:

@@ -4,8 +4,10 @@ One optimizer step is one *window* of a permutation of the epoch's samples. A wi
 its first backward, so every rank knows the number of supervised tokens of the whole step.
 """
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,15 +46,49 @@ class MicroBatch:
     """Learned tokens and samples of the whole optimizer step: all its micro-batches, all ranks."""
 
 
-def _deal(ids: np.ndarray, batch_size: int, world: int, rank: int) -> list[tuple[int, ...]]:
+def deal(ids: np.ndarray, batch_size: int, world: int, rank: int) -> list[tuple[int, ...]]:
     """The micro-batches of one rank, as many as any other rank's; the last may be empty."""
     assert 0 <= rank < world and batch_size > 0
     mine = ids[rank::world].tolist()
     return [tuple(mine[i : i + batch_size]) for i in range(0, -(-len(ids) // world), batch_size)]
 
 
+class Resumable(Sampler[Any]):
+    """A sampler that can begin inside an epoch, and counts its micro-batches in whole steps."""
+
+    accumulate: int
+    """Micro-batches of one rank in an optimizer step."""
+    epoch = 0
+    _start = (0, 0)
+    _shift: int | None = 0
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Micro-batches of a whole epoch, also after a resume: the trainer restores its counter."""
+
+    def start(self, epoch: int, skip: int) -> None:
+        """Begin at micro-batch `skip` of `epoch`; every later epoch is whole.
+
+        The caller's next `set_epoch` is taken to mean `epoch`, whatever its number: a trainer that
+        was stopped in mid-epoch counts that epoch as done and calls the rest of it the next one.
+        """
+        assert 0 <= skip <= len(self)
+        self.epoch, self._start, self._shift = epoch, (epoch, skip), None
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next iteration (the trainer calls this)."""
+        if self._shift is None:
+            self._shift = self._start[0] - epoch
+        self.epoch = epoch + self._shift
+
+    @property
+    def skipped(self) -> int:
+        """Micro-batches of the current epoch that were trained before a resume."""
+        return self._start[1] if self.epoch == self._start[0] else 0
+
+
 @dataclass(eq=False)
-class MicroBatches(Sampler[MicroBatch]):
+class MicroBatches(Resumable):
     """The micro-batches of one rank, window by window.
 
     Inside a window the samples are sorted by length (longest first, so that memory peaks at once),
@@ -71,31 +107,12 @@ class MicroBatches(Sampler[MicroBatch]):
     world: int = 1
     rank: int = 0
     seed: int = 0
-    epoch: int = field(default=0, init=False)
-    _start: tuple[int, int] = field(default=(0, 0), init=False)
-    _shift: int | None = field(default=0, init=False)
 
     @property
     def samples_per_step(self) -> int:
         return self.accumulate * self.batch_size * self.world
 
-    def start(self, epoch: int, skip: int) -> None:
-        """Begin at micro-batch `skip` of `epoch`; every later epoch is whole.
-
-        The caller's next `set_epoch` is taken to mean `epoch`, whatever its number: a trainer that
-        was stopped in mid-epoch counts that epoch as done and calls the rest of it the next one.
-        """
-        assert 0 <= skip <= len(self)
-        self.epoch, self._start, self._shift = epoch, (epoch, skip), None
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next iteration (the trainer calls this)."""
-        if self._shift is None:
-            self._shift = self._start[0] - epoch
-        self.epoch = epoch + self._shift
-
     def __len__(self) -> int:
-        """Micro-batches of a whole epoch, also after a resume: the trainer restores its counter."""
         full, rest = divmod(len(self.ids), self.samples_per_step)
         return full * self.accumulate + -(-rest // (self.batch_size * self.world))
 
@@ -105,10 +122,10 @@ class MicroBatches(Sampler[MicroBatch]):
         return [self.ids[order[i : i + size]] for i in range(0, len(order), size)]
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        skip = self._start[1] if self.epoch == self._start[0] else 0
+        skip = self.skipped
         for window in self.windows(self.epoch):
             longest_first = window[np.argsort(-self.lengths[window], kind="stable")]
-            parts = _deal(longest_first, self.batch_size, self.world, self.rank)
+            parts = deal(longest_first, self.batch_size, self.world, self.rank)
             tokens = int(self.targets[window].sum())
             for part in parts[skip:]:
                 yield MicroBatch(part, tokens, len(window))
@@ -130,9 +147,9 @@ class Sequential(Sampler[MicroBatch]):
     rank: int = 0
 
     def __len__(self) -> int:
-        return len(_deal(self.ids, self.batch_size, self.world, self.rank))
+        return len(deal(self.ids, self.batch_size, self.world, self.rank))
 
     def __iter__(self) -> Iterator[MicroBatch]:
         tokens = int(self.targets[self.ids].sum())
-        for part in _deal(self.ids, self.batch_size, self.world, self.rank):
+        for part in deal(self.ids, self.batch_size, self.world, self.rank):
             yield MicroBatch(part, tokens, len(self.ids))

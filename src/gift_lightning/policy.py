@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from gift_lightning.collate import Batch
 from gift_lightning.functional import IGNORED
 from gift_lightning.head import Head, ReferenceRows, head_loss
+from gift_lightning.logprobs import token_logp
 from gift_lightning.loss import Evaluation
 from gift_lightning.models import base_model
 from gift_lightning.modes import scoring
@@ -92,6 +93,18 @@ class Policy(nn.Module):
             token_weight=token_weight,
             chunk_size=chunk_size,
             diagnose=diagnose,
+        )
+
+    def token_logp(
+        self, batch: Batch, temperature: float = 1.0, chunk_size: int | None = None
+    ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+        """Log-probability of each supervised token, and the entropy there; differentiable."""
+        return token_logp(
+            self.hidden(batch),
+            self.head,
+            supervised_labels(batch),
+            temperature=temperature,
+            chunk_size=chunk_size,
         )
 
     @torch.no_grad()

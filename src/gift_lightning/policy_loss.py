@@ -124,7 +124,7 @@ def token_policy_losses(
         low_clipped, high_clipped = torch.zeros_like(low_clipped), (ratio > high) & (a > 0)
     elif objective.loss == "sapo":
         positive, other = _SAPO_TEMPERATURES
-        tau = torch.where(a > 0, positive, other).to(ratio.dtype)
+        tau = torch.where(a > 0, a.new_tensor(positive), a.new_tensor(other))
         loss = -(torch.sigmoid(tau * (ratio - 1)) * 4 / tau) * a
         low_clipped = high_clipped = torch.zeros_like(low_clipped)
     else:
@@ -168,28 +168,35 @@ def token_weights(
     num_sequences: int,
     max_completion_length: int | None,
 ) -> Float[Tensor, " n"]:
-    """What each token's loss counts, so that the weighted sum over a step is the step's loss.
+    """What each token's loss counts, so that the weighted sum over a step is the step's loss; in
+    float64.
 
     Args:
         sequence_ids: of this micro-batch, whose sequences are whole.
         num_tokens, num_sequences: of everything that is averaged over.
         max_completion_length: the constant of Dr.GRPO.
     """
+    device = sequence_ids.device
     if objective.loss == "dr_grpo":
         if max_completion_length is None:
             raise ValueError("loss dr_grpo divides by max_completion_length: give it.")
-        weight = 1.0 / (num_sequences * max_completion_length)
-        return torch.full(sequence_ids.shape, weight, device=sequence_ids.device)
+        weight = 1.0 / max(num_sequences * max_completion_length, 1)
+        return torch.full(sequence_ids.shape, weight, dtype=torch.float64, device=device)
     if objective.loss in ("grpo", "gspo", "sapo"):
         return 1.0 / (sequence_ids.bincount()[sequence_ids].double() * num_sequences)
-    return torch.full(sequence_ids.shape, 1.0 / max(num_tokens, 1), device=sequence_ids.device)
+    weight = 1.0 / max(num_tokens, 1)
+    return torch.full(sequence_ids.shape, weight, dtype=torch.float64, device=device)
+
+
+def sequence_sum(x: Float[Tensor, " n"], sequence_ids: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """Sum of x over each token's sequence, at each of its tokens; differentiable."""
+    total = x.new_zeros(int(sequence_ids.max()) + 1 if len(x) else 0)
+    return total.index_add(0, sequence_ids, x)[sequence_ids]
 
 
 def sequence_mean(x: Float[Tensor, " n"], sequence_ids: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
     """Mean of x over each token's sequence, at each of its tokens; differentiable."""
-    counts = sequence_ids.bincount()
-    total = x.new_zeros(len(counts)).index_add(0, sequence_ids, x)
-    return (total / counts.clamp_min(1).to(x.dtype))[sequence_ids]
+    return sequence_sum(x, sequence_ids) / sequence_ids.bincount()[sequence_ids].to(x.dtype)
 
 
 def policy_loss(

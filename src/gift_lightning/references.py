@@ -67,14 +67,16 @@ class Reference(ABC):
     def rows(self, policy: Policy, batch: Batch) -> ReferenceRows:
         """The reference's distribution at the supervised tokens of the batch, without gradient."""
 
-    def label_logp(self, policy: Policy, batch: Batch) -> Float[Tensor, " n"]:
-        """Its log-probabilities of the labels."""
+    def label_logp(
+        self, policy: Policy, batch: Batch, temperature: float = 1.0
+    ) -> Float[Tensor, " n"]:
+        """Its log-probabilities of the labels, its logits divided by the temperature."""
         rows = self.rows(policy, batch)
-        if rows.logp_y is not None:
+        if rows.logp_y is not None and temperature == 1.0:
             return rows.logp_y
         labels = supervised_labels(batch)
         parts = [
-            Distribution(rows.logits(slice(i, i + 256)), labels[i : i + 256]).logp_y
+            Distribution(rows.logits(slice(i, i + 256)) / temperature, labels[i : i + 256]).logp_y
             for i in range(0, len(labels), 256)
         ]
         return torch.cat(parts) if parts else labels.new_zeros(0, dtype=torch.float32)

@@ -1,0 +1,178 @@
+"""From prompts to experience: completions are sampled, scored and compared within their groups."""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+import torch.distributed
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gift_lightning.experience import Experience, flat
+from gift_lightning.generation import Completion
+from gift_lightning.policy_loss import Scale, group_advantages, has_signal
+from gift_lightning.problems import Problem
+from gift_lightning.prompts import PromptData, Ticket
+from gift_lightning.rewards import WeightedReward
+from gift_lightning.rollouts import RolloutEngine, Sampling
+from gift_lightning.seeds import keyed_seed
+from gift_lightning.workers import Request, RewardPool, Scored
+
+Group = tuple[list[Completion], list[Scored]]
+"""The completions of one prompt, and their scores."""
+
+
+class Collector:
+    """Makes an `Experience` of each rollout; every rank gets all of it.
+
+    Args:
+        engine: what samples.
+        sampling: how.
+        rewards: what scores.
+        tokenizer: the policy's.
+        advantage_scale: what advantages are divided by.
+        max_resamples: rounds of new prompts for groups without signal.
+        mask_truncated: whether completions without an end token are not trained.
+        timeout: seconds that one reward may take for one completion.
+        num_workers: processes that score.
+    """
+
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        sampling: Sampling,
+        rewards: Sequence[WeightedReward],
+        tokenizer: PreTrainedTokenizerBase,
+        advantage_scale: Scale = "group",
+        max_resamples: int = 0,
+        mask_truncated: bool = False,
+        timeout: float = 5.0,
+        num_workers: int | None = None,
+    ) -> None:
+        self.engine, self.sampling, self.rewards = engine, sampling, rewards
+        self.tokenizer, self.advantage_scale = tokenizer, advantage_scale
+        self.max_resamples, self.mask_truncated = max_resamples, mask_truncated
+        self.pool = RewardPool(rewards, num_workers, timeout)
+
+    def collect(
+        self, model: PreTrainedModel, data: PromptData, ticket: Ticket, world: int, rank: int
+    ) -> tuple[Experience, dict[str, float]]:
+        """Samples and scores the rollout of a ticket, and says how it went."""
+        self.engine.sync(model)
+        prompts = list(ticket.prompts)
+        groups = self._sample(data, ticket.rollout, 0, prompts, world, rank)
+        tried, num_resampled = set(prompts), 0
+        for turn in range(1, self.max_resamples + 1):
+            dead = (~has_signal(self._rewards(groups))).nonzero()[:, 0].tolist()
+            fresh = data.replacements(ticket.rollout, tried, len(dead))
+            if not fresh:
+                break
+            tried.update(fresh)
+            num_resampled += len(fresh)
+            found = self._sample(data, ticket.rollout, turn, fresh, world, rank)
+            alive = has_signal(self._rewards(found)).nonzero()[:, 0].tolist()
+            for place, i in zip(dead, alive, strict=False):
+                prompts[place], groups[place] = fresh[i], found[i]
+        rewards = self._rewards(groups)
+        completions = [completion for group, _ in groups for completion in group]
+        finished = torch.tensor([completion.finished for completion in completions])
+        size = data.num_generations
+        experience = Experience(
+            ticket.rollout,
+            *flat([data.prompt_ids[i] for i in prompts for _ in range(size)], torch.int64),
+            *flat([completion.tokens for completion in completions], torch.int64),
+            flat([completion.logprobs for completion in completions], torch.float32)[0],
+            finished,
+            rewards.flatten(),
+            group_advantages(rewards, scale=self.advantage_scale).flatten(),
+            finished if self.mask_truncated else torch.ones_like(finished),
+        )
+        scores = [one for _, group in groups for one in group]
+        metrics = {**_lengths(experience), **self._reward_metrics(rewards, scores)}
+        return experience, {**metrics, "num_resampled": float(num_resampled)}
+
+    def _sample(
+        self,
+        data: PromptData,
+        rollout: int,
+        turn: int,
+        prompts: Sequence[int],
+        world: int,
+        rank: int,
+    ) -> list[Group]:
+        """A group for each prompt; the ranks share the work and exchange what they found."""
+        mine = range(rank, len(prompts), world)
+        sampled = self.engine.generate(
+            [data.prompt_ids[prompts[place]] for place in mine],
+            data.num_generations,
+            self.sampling,
+            seed=keyed_seed(data.seed, "rollout", rollout, turn),
+            keys=mine,
+        )
+        problems = [data.problems[prompts[place]] for place in mine]
+        scored = self.score(problems, sampled)
+        share = list(zip(sampled, scored, strict=True))
+        shares: list[list[Group]] = [share]
+        if world > 1:
+            shares = [[] for _ in range(world)]
+            torch.distributed.all_gather_object(shares, share)
+        return [shares[place % world][place // world] for place in range(len(prompts))]
+
+    def score(
+        self, problems: Sequence[Problem], sampled: Sequence[Sequence[Completion]]
+    ) -> list[list[Scored]]:
+        """The scores of each problem's completions."""
+        requests = []
+        for problem, group in zip(problems, sampled, strict=True):
+            columns = {**problem.columns, "prompt": problem.prompt}
+            columns["max_completion_length"] = self.sampling.max_completion_length
+            for completion in group:
+                ids = completion.tokens[: -1 if completion.finished else None]
+                text = cast(str, self.tokenizer.decode(ids, skip_special_tokens=True))
+                requests.append(Request(text, completion.tokens, columns))
+        found = iter(self.pool.score(requests))
+        return [[next(found) for _ in group] for group in sampled]
+
+    def _rewards(self, groups: Sequence[Group]) -> Float[Tensor, "prompts group"]:
+        """NaN where not scorable."""
+        totals = [[self.pool.total(one) for one in scores] for _, scores in groups]
+        return torch.tensor(totals, dtype=torch.float64)
+
+    def _reward_metrics(self, rewards: Tensor, scores: Sequence[Scored]) -> dict[str, float]:
+        scored = rewards[~rewards.isnan()]
+        metrics = {
+            "reward": float(scored.mean()),
+            "reward_std": _std(rewards),
+            "frac_reward_zero_std": 1.0 - float(has_signal(rewards).double().mean()),
+        }
+        for k, reward in enumerate(self.rewards):
+            values = torch.tensor([one.values[k] for one in scores], dtype=torch.float64)
+            kept = values[~values.isnan()]
+            metrics[f"rewards/{reward.name}/mean"] = float(kept.mean())
+            metrics[f"rewards/{reward.name}/std"] = float(kept.std()) if len(kept) > 1 else 0.0
+            for reason in {one.reasons[k] for one in scores} - {"scored"}:
+                share = sum(one.reasons[k] == reason for one in scores) / len(scores)
+                metrics[f"rewards/{reward.name}/{reason}"] = share
+        return metrics
+
+    def close(self) -> None:
+        self.pool.close()
+
+
+def _std(rewards: Tensor) -> float:
+    """Mean over groups of the std of their scored rewards."""
+    stds = [group[~group.isnan()].std() for group in rewards if (~group.isnan()).sum() > 1]
+    return float(torch.stack(stds).mean()) if stds else 0.0
+
+
+def _lengths(experience: Experience) -> dict[str, float]:
+    lengths, finished = experience.completion_lengths.double(), experience.finished
+    metrics = {"completions/clipped_ratio": 1.0 - float(finished.double().mean())}
+    kinds = {"length": lengths, "terminated_length": lengths[finished]}
+    for kind, some in kinds.items():
+        if len(some):
+            metrics[f"completions/mean_{kind}"] = float(some.mean())
+            metrics[f"completions/min_{kind}"] = float(some.min())
+            metrics[f"completions/max_{kind}"] = float(some.max())
+    return metrics

@@ -1,0 +1,93 @@
+"""What one rollout brought: completions with their rewards and advantages, as training batches."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from gift_lightning.collate import Batch, collate
+from gift_lightning.functional import IGNORED
+from gift_lightning.order import MicroBatch
+
+
+@dataclass
+class Experience:
+    """The completions of one rollout, c in all, g for each prompt side by side.
+
+    Token sequences lie end to end in flat tensors, so that a checkpoint holds plain tensors.
+    """
+
+    number: int
+    """Of the rollout, counted over the run."""
+    prompt_ids: Int[Tensor, " all_prompt_tokens"]
+    prompt_lengths: Int[Tensor, " c"]
+    """Tokens of each completion's prompt."""
+    completion_ids: Int[Tensor, " all_tokens"]
+    completion_lengths: Int[Tensor, " c"]
+    sampler_logp: Float[Tensor, " all_tokens"]
+    """Log-probability of each sampled token, as the engine gave it."""
+    finished: Bool[Tensor, " c"]
+    """Whether an end token was drawn; otherwise the length limit cut the completion."""
+    rewards: Float[Tensor, " c"]
+    """Weighted sums; NaN where not scorable."""
+    advantages: Float[Tensor, " c"]
+    trained: Bool[Tensor, " c"]
+    """Whether the completion's tokens count in the loss (all, or all but truncated ones)."""
+    old_logp: Float[Tensor, " all_tokens"] | None = None
+    """Log-probabilities under the policy that sampled, scored by the trainer; None while the first
+    step's own are those."""
+
+    def __len__(self) -> int:
+        return len(self.rewards)
+
+    def lengths(self) -> Int[Tensor, " c"]:
+        """Tokens of prompt and completion."""
+        return self.prompt_lengths + self.completion_lengths
+
+    def num_targets(self) -> Int[Tensor, " c"]:
+        """Tokens of each completion that count in the loss."""
+        return torch.where(self.trained, self.completion_lengths, 0)
+
+    def batch(self, part: MicroBatch, pad_id: int, packing: bool) -> Batch:
+        """The micro-batch of some completions; labels are the completions that are trained."""
+        prompts, completions = _split(self.prompt_ids, self.prompt_lengths), self.completions()
+        examples = []
+        for i in part.sample_ids:
+            ids = torch.cat([prompts[i], completions[i]])
+            labels = ids.clone()
+            labels[: len(prompts[i]) if self.trained[i] else len(ids)] = IGNORED
+            examples.append((ids, labels))
+        return collate(examples, part, pad_id, packing)
+
+    def completions(self) -> Sequence[Tensor]:
+        return _split(self.completion_ids, self.completion_lengths)
+
+    def token_values(
+        self, batch: Batch, values: Float[Tensor, " all_tokens"]
+    ) -> Float[Tensor, " n"]:
+        """Values of all completions' tokens, at the supervised tokens of a batch, in order."""
+        parts = _split(values, self.completion_lengths)
+        chosen = [parts[i] for i in self._trained_in(batch)]
+        return torch.cat([values[:0], *chosen]).to(batch["labels"].device)
+
+    def completion_values(self, batch: Batch, values: Float[Tensor, " c"]) -> Float[Tensor, " n"]:
+        """Values of the completions, at each of their supervised tokens in a batch."""
+        chosen = torch.tensor(self._trained_in(batch), dtype=torch.int64)
+        spread = values[chosen].repeat_interleave(self.completion_lengths[chosen])
+        return spread.to(batch["labels"].device)
+
+    def _trained_in(self, batch: Batch) -> list[int]:
+        return [i for i in batch["sample_ids"].tolist() if self.trained[i]]
+
+
+def flat(sequences: Sequence[Sequence[Any]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Sequences end to end, and their lengths."""
+    values = torch.tensor([x for sequence in sequences for x in sequence], dtype=dtype)
+    return values, torch.tensor([len(sequence) for sequence in sequences], dtype=torch.int64)
+
+
+def _split(values: Tensor, lengths: Tensor) -> Sequence[Tensor]:
+    return values.split(lengths.tolist())

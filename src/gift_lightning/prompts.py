@@ -1,0 +1,236 @@
+"""The stream that RL trains on: which prompts to roll out, and which part of a rollout to train."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedTokenizerBase
+
+from gift_lightning.examples import Ledger
+from gift_lightning.experience import Experience
+from gift_lightning.order import MicroBatch, Resumable, deal, permutation
+from gift_lightning.position import PositionedData
+from gift_lightning.problems import Problem, Problems, prompt_tokens
+from gift_lightning.records import Rejected
+from gift_lightning.seeds import keyed_seed
+
+
+class Ticket(NamedTuple):
+    """One micro-batch of the stream, before its rollout exists."""
+
+    rollout: int
+    """Number of the rollout, counted over the run."""
+    prompts: tuple[int, ...]
+    """Indices of the problems that are rolled out."""
+    iteration: int
+    """Which pass over the rollout."""
+    step: int
+    """Which optimizer step of that pass."""
+    part: int
+    """Which micro-batch of that step."""
+
+
+@dataclass(eq=False)
+class Tickets(Resumable):
+    """The tickets of an epoch: every problem is rolled out once, but for a last short rollout."""
+
+    num_problems: int
+    prompts_per_rollout: int
+    num_iterations: int
+    num_steps: int
+    """Optimizer steps in one pass over a rollout."""
+    accumulate: int
+    samples_per_step: int
+    seed: int = 0
+
+    @property
+    def num_rollouts(self) -> int:
+        return self.num_problems // self.prompts_per_rollout
+
+    def __len__(self) -> int:
+        return self.num_rollouts * self.num_iterations * self.num_steps * self.accumulate
+
+    def __iter__(self) -> Iterator[Ticket]:
+        order = permutation(self.num_problems, self.seed, "prompts", self.epoch).tolist()
+        size, sizes = self.prompts_per_rollout, (self.num_iterations, self.num_steps)
+        for i in range(self.skipped, len(self)):
+            r, iteration, step, part = np.unravel_index(
+                i, (self.num_rollouts, *sizes, self.accumulate)
+            )
+            prompts = tuple(order[r * size : (r + 1) * size])
+            number = self.epoch * self.num_rollouts + int(r)
+            yield Ticket(number, prompts, int(iteration), int(step), int(part))
+
+
+class _Passing(Dataset[Any]):
+    """What a loader needs to hand on the items of its sampler."""
+
+    def __getitem__(self, item: Any) -> Any:
+        return item
+
+
+class PromptData(PositionedData):
+    """Prompts for RL. A rollout samples `num_generations` completions for each of
+    `prompts_per_rollout` prompts; they are trained in steps of batch_size x accumulate_grad_batches
+    x devices completions, `num_iterations` times over.
+
+    Which prompts, completions and steps these are depends on the seed alone, not on the number of
+    devices or micro-batches.
+
+    Args:
+        train: where the problems come from.
+        prompts_per_rollout: prompts of one rollout, over all devices.
+        num_generations: completions of each, the group whose rewards are compared.
+        batch_size: completions per micro-batch and device.
+        num_iterations: passes over each rollout.
+        max_prompt_length: problems with longer prompts are not used, and counted.
+        max_rejected: refuse to start if a larger share of the problems cannot be used.
+        chat: make the prompt a user's turn of the tokenizer's chat template.
+        packing: put short sequences into one row; exact, and faster than padding.
+        seed: of the order and of the sampling.
+    """
+
+    sampler: Tickets | None = None
+
+    def __init__(
+        self,
+        train: Problems,
+        prompts_per_rollout: int = 16,
+        num_generations: int = 8,
+        batch_size: int = 32,
+        num_iterations: int = 1,
+        max_prompt_length: int | None = 512,
+        max_rejected: float = 0.05,
+        chat: bool = False,
+        packing: bool = True,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        counts = {"prompts_per_rollout": prompts_per_rollout, "batch_size": batch_size}
+        counts |= {"num_iterations": num_iterations}
+        for name, value in counts.items():
+            if value < 1:
+                raise ValueError(f"data.{name} must be at least 1, got {value}.")
+        if num_generations < 2:
+            raise ValueError(
+                f"data.num_generations must be at least 2, got {num_generations}: an advantage "
+                "compares the completions of a group."
+            )
+        if max_prompt_length is not None and max_prompt_length < 1:
+            raise ValueError(f"data.max_prompt_length must be at least 1, got {max_prompt_length}.")
+        self.train_problems = train
+        self.prompts_per_rollout, self.num_generations = prompts_per_rollout, num_generations
+        self.batch_size, self.num_iterations = batch_size, num_iterations
+        self.max_prompt_length, self.max_rejected = max_prompt_length, max_rejected
+        self.chat, self.packing, self.seed = chat, packing, seed
+        self.ledger: dict[str, Ledger] = {}
+        self.problems: list[Problem] = []
+        self.prompt_ids: list[list[int]] = []
+
+    def setup(self, stage: str) -> None:
+        """Loads and tokenises the problems for the trainer's module.
+
+        Raises:
+            ValueError: they cannot be read, too many are too long, or the sizes do not fit.
+        """
+        trainer = self.trainer
+        assert trainer is not None
+        if not self.problems:
+            module: Any = trainer.lightning_module
+            self._tokenise(module.tokenizer)
+            if trainer.is_global_zero:
+                self.report()
+        completions = self.prompts_per_rollout * self.num_generations
+        accumulate = trainer.accumulate_grad_batches
+        per_step = self.batch_size * accumulate * trainer.world_size
+        if completions % per_step:
+            raise ValueError(
+                f"a rollout of {completions} completions (data.prompts_per_rollout x "
+                f"data.num_generations) is no multiple of the {per_step} of an optimizer step "
+                "(data.batch_size x trainer.accumulate_grad_batches x devices): change one of them."
+            )
+        if len(self.problems) < self.prompts_per_rollout:
+            raise ValueError(
+                f"there are {len(self.problems)} problems, fewer than data.prompts_per_rollout="
+                f"{self.prompts_per_rollout}: lower it or give more."
+            )
+        self.sampler = Tickets(
+            len(self.problems),
+            self.prompts_per_rollout,
+            self.num_iterations,
+            completions // per_step,
+            accumulate,
+            per_step,
+            self.seed,
+        )
+
+    def _tokenise(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        ledger = self.ledger["train"] = Ledger("train")
+        for problem in self.train_problems.load():
+            ids = prompt_tokens(tokenizer, problem, self.chat)
+            if self.max_prompt_length is not None and len(ids) > self.max_prompt_length:
+                reason = f"prompt longer than max_prompt_length {self.max_prompt_length}"
+                ledger.rejected.append(Rejected(f"{reason}: {len(ids)} tokens", problem.origin))
+                continue
+            self.problems.append(problem)
+            self.prompt_ids.append(ids)
+        ledger.used = len(self.problems)
+        ledger.check(self.max_rejected)
+
+    def report(self, console: Console | None = None) -> None:
+        """Print what became of the problems, and one prompt."""
+        console = console or Console()
+        counts = ", ".join(
+            f"{count} {outcome}" for outcome, count in self.ledger["train"].counts.items()
+        )
+        console.print(f"Prompts: {counts}. The first:", highlight=False)
+        console.print(str(self.problems[0].prompt), highlight=False, markup=False)
+
+    @property
+    def identity(self) -> dict[str, str | int]:
+        assert self.sampler is not None
+        digest = hashlib.sha256(repr(self.prompt_ids).encode()).hexdigest()
+        return {
+            "samples": digest,
+            "seed": self.seed,
+            "samples per step": self.sampler.samples_per_step,
+            "accumulate_grad_batches": self.sampler.accumulate,
+            "prompts_per_rollout": self.prompts_per_rollout,
+            "num_generations": self.num_generations,
+            "num_iterations": self.num_iterations,
+        }
+
+    def train_dataloader(self) -> DataLoader[Ticket]:
+        # Without workers and with a known length, so that no ticket is taken before its turn.
+        own = torch.Generator().manual_seed(keyed_seed(self.seed, "loader"))
+        return DataLoader(
+            _Passing(), None, sampler=self.sampler, collate_fn=_Passing().__getitem__, generator=own
+        )
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """One empty item: validation is what callbacks such as GenerationEval make of it."""
+        return DataLoader([0], None)  # type: ignore[arg-type]
+
+    def replacements(self, rollout: int, tried: set[int], num: int) -> list[int]:
+        """Other problems for groups without signal, as many as there are."""
+        order = permutation(len(self.problems), self.seed, "replacements", rollout).tolist()
+        return [i for i in order if i not in tried][:num]
+
+    def micro_batch(
+        self, ticket: Ticket, experience: Experience, world: int, rank: int
+    ) -> tuple[MicroBatch, np.ndarray]:
+        """The completions that a rank trains on in a ticket, and those of the whole step."""
+        assert self.sampler is not None
+        key = f"{ticket.rollout}/{ticket.iteration}"
+        order = permutation(len(experience), self.seed, "completions", key)
+        size = self.sampler.samples_per_step
+        window = order[ticket.step * size : (ticket.step + 1) * size]
+        lengths, targets = experience.lengths().numpy(), experience.num_targets().numpy()
+        longest_first = window[np.argsort(-lengths[window], kind="stable")]
+        mine = deal(longest_first, self.batch_size, world, rank)[ticket.part]
+        return MicroBatch(mine, int(targets[window].sum()), len(window)), window
