@@ -266,8 +266,9 @@ def test_unsupervised_tokens_may_hold_anything() -> None:
 
 
 @every_target
-def test_a_bias_may_mask_classes(target: Target) -> None:
-    """Padding of the vocabulary: a bias of −inf, of the student alone or of both."""
+@pytest.mark.parametrize("cap", [None, 5.0], ids=["plain", "capped"])
+def test_a_bias_may_mask_classes(target: Target, cap: float | None) -> None:
+    """Padding of the vocabulary: a bias of −inf, of the student or both; a cap undoes it."""
     x = make_inputs()
     masked = [k for k in range(21) if k not in x.labels.tolist()]
     assert masked
@@ -278,7 +279,7 @@ def test_a_bias_may_mask_classes(target: Target) -> None:
             reference_bias[masked] = -math.inf
         y = replace(x, bias=bias, reference_bias=reference_bias)
         plain, leaves = y.leaves(), y.leaves()
-        expected, loss = dense(target, y, plain), fused(target, y, leaves)
+        expected, loss = dense(target, y, plain, 1.0, cap), fused(target, y, leaves, 1.0, cap)
         assert_same([loss], [expected], 1e-10)
         found = gradients(loss.sum(), leaves)
         assert_same(found, gradients(expected.sum(), plain), 1e-10)
@@ -560,6 +561,34 @@ def test_a_reference_that_is_not_read_is_not_projected(matmuls: Counter) -> None
     for target in (OneHot(), DFT(), EntropyBonus(0.1), DEFT("cayley")):
         fused(target, x, x.leaves()).mean().backward()
     assert ("matmul_nt", 7) not in matmuls
+
+
+@every_target
+def test_absent_classes_cost_no_projection_and_no_copy(target: Target, matmuls: Counter) -> None:
+    """The reference is masked where it is made, if it is made."""
+    x = make_inputs()
+    x = replace(x, bias=torch.where(torch.arange(21) == 3, -math.inf, x.bias))
+    x = replace(x, labels=torch.where(x.labels == 3, 4, x.labels))
+    leaves = x.leaves()
+    fused(target, x, leaves).mean().backward()
+    assert dict(matmuls) == expected_matmuls(target, 3)
+    with Named("masked_fill") as masked:
+        fused(GIFT(3.0), x, leaves)
+    assert masked.count == 3, "only for the student's cross-entropy, once in a chunk"
+
+
+class Named(TorchDispatchMode):
+    """How often an operation of this name is called."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name, self.count = name, 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.count += function._schema.name == f"aten::{self.name}"
+        return function(*args, **(kwargs or {}))
 
 
 def test_a_target_that_lacks_what_it_reads_is_refused() -> None:

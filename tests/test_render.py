@@ -5,7 +5,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from gift_lightning.records import Record, Rejected
-from gift_lightning.render import Encoded, Rendering, encode, encode_all
+from gift_lightning.render import Encoded, Rendering, encode_all
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
@@ -76,6 +76,11 @@ NAMES = {"chatml": CHATML, "marked": MARKED, "marked_short": MARKED_SHORT, "llam
 NAMES |= {"mistral": MISTRAL, "gemma": GEMMA, "plain": PLAIN}
 ENDS = {"chatml": "<|im_end|>", "marked": "<|im_end|>", "marked_short": "<|im_end|>"}
 ENDS |= {"llama3": "<|eot_id|>", "mistral": "</s>", "gemma": "<end_of_turn>", "plain": "</s>"}
+
+
+def encode(record, *how, **options):
+    """One record of `encode_all`."""
+    return next(encode_all([record], *how, **options))[1]
 
 
 def byte_tokenizer(template=None, add_bos=True, pad=None, merges=(), add_eos=False):

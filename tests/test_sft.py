@@ -275,6 +275,39 @@ def test_a_run_without_validation_data(tmp_path):
     assert module.global_step == 3
 
 
+def test_another_number_of_validation_sets(tmp_path):
+    """Each set has its own means, however many there were before."""
+
+    class Pair(UnevenData):
+        def val_records(self):
+            rows = list(self.train_records())
+            return {"easy": iter(rows[:5]), "hard": iter(rows[5:12])}
+
+    module = _fit(_module(GIFT(3.0)), Pair(), tmp_path)
+    assert {"val/easy/nll", "val/hard/nll"} <= module.trainer.callback_metrics.keys()
+    trainer = pl.Trainer(logger=False, accelerator="cpu", enable_progress_bar=False)
+    (one,) = trainer.validate(module, datamodule=UnevenData(), verbose=False)
+    first, second = trainer.validate(module, datamodule=Pair(), verbose=False)
+    assert one["val/nll"] > 0 and {"val/easy/nll", "val/hard/nll"} <= (first | second).keys()
+
+
+def test_trust_without_a_datamodule_is_refused(tmp_path):
+    data, module = UnevenData(), _module(GIFT(trust=0.8))
+    data.prepare(module.tokenizer, module.vocab_size)
+    trainer = pl.Trainer(
+        default_root_dir=tmp_path,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    for loader in (data.train_dataloader(), None):
+        plain = pl.LightningDataModule.from_datasets([0]) if loader is None else None
+        with pytest.raises(ValueError, match=r"GIFT.*one_pass.*SFTData, or .*target.resolve"):
+            trainer.fit(module, loader, datamodule=plain)
+
+
 def test_dropout_is_on_in_training_and_off_in_validation(tmp_path):
     seen: dict[str, set[bool]] = {"train": set(), "val": set()}
 
@@ -298,7 +331,7 @@ def test_validation_reports_the_exact_token_means(tmp_path):
     metrics = module.trainer.callback_metrics
     nll, tokens = torch.zeros(()), 0
     for i in range(7):
-        ids, labels = data.val_examples("val")[i]
+        ids, labels = data.sets["val"][i]
         logits = module.model(input_ids=ids[None]).logits[0, :-1]
         nll += token_loss(OneHot(), logits, labels[1:]).sum().detach()
         tokens += int((labels[1:] != -100).sum())

@@ -25,6 +25,7 @@ from formulas import (
 )
 from gift_lightning.distribution import Distribution
 from gift_lightning.functional import label_mass, token_loss
+from gift_lightning.head import fused_token_loss
 from gift_lightning.loss import evaluate
 from gift_lightning.target import LabelView, Target, Tokens
 from gift_lightning.targets import (
@@ -315,6 +316,45 @@ def test_a_weight_of_the_wrong_shape_is_refused() -> None:
 
     with pytest.raises(ValueError, match=r"one value per token, \(9,\), but gave \(9, 1\)"):
         token_loss(Column(), CASES[0].z, CASES[0].labels)
+
+
+@pytest.mark.parametrize("rows", [1, 9])
+@pytest.mark.parametrize("columns", [1, 23])
+def test_a_residual_may_be_the_same_for_all_tokens_or_classes(rows: int, columns: int) -> None:
+    """A unigram prior is [1, v]: the same numbers everywhere as of its copies, one for a token."""
+    case = CASES[0]
+    prior = case.reference[:rows].softmax(-1) if columns > 1 else torch.full((rows, 1), 1 / 23)
+
+    class Prior(Target):
+        whole = False
+
+        def label_weight(self, t: Tokens) -> Tensor:
+            return t.p_y
+
+        def residual(self, t: Tokens) -> Tensor:
+            shape = t.logits.shape if self.whole else prior[: len(t.labels)].shape
+            return prior[: len(t.labels)].double().expand(shape)
+
+    class Whole(Prior):
+        whole = True
+
+    assert case.z.shape == (9, 23)
+    for x, y in zip(
+        loss_and_gradient(Prior(), case), loss_and_gradient(Whole(), case), strict=True
+    ):
+        close(x, y, 1e-14)
+    close(*(label_mass(target, case.z, case.labels) for target in (Prior(), Whole())), 1e-14)
+    found, expected = (
+        evaluate(target, tokens(target, case), diagnose=True) for target in (Prior(), Whole())
+    )
+    for name, value in vars(expected).items():
+        close(getattr(found, name), value, 1e-14)
+    hidden = case.z.clone().requires_grad_()
+    fused = fused_token_loss(hidden, torch.eye(23).double(), case.labels, Prior())
+    fused.sum().backward()
+    value, gradient = loss_and_gradient(Prior(), case)
+    close(fused.detach(), value)
+    close(hidden.grad, gradient)
 
 
 # Diagnostics.

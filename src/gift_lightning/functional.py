@@ -10,6 +10,8 @@ from torch import Tensor
 from gift_lightning.distribution import Distribution
 from gift_lightning.loss import Evaluation, evaluate
 from gift_lightning.matmul import math_dtype
+from gift_lightning.policy_loss import group_advantages as group_advantages
+from gift_lightning.policy_loss import policy_loss as policy_loss
 from gift_lightning.target import LabelView, Target, Tokens
 
 IGNORED = -100
@@ -27,7 +29,7 @@ def token_loss(
 ) -> Float[Tensor, " n"]:
     """Per-token loss of a target, differentiable once in `logits` alone.
 
-    The dense form: it keeps one [n, v] gradient. Training uses `head.fused_token_loss`.
+    The dense form: it keeps one [n, v] gradient. Training uses `head.head_loss`.
 
     Args:
         target: the method.
@@ -92,16 +94,17 @@ def _evaluate_dense(
     def rows(x: Tensor) -> Tensor:
         return x.detach()[kept].to(dtype)
 
-    y = labels[kept]
+    z, y = rows(logits), labels[kept]
     reference = None
     if reference_logits is not None:
-        reference = Distribution(rows(reference_logits), y)
+        base = rows(reference_logits).masked_fill_(z.isneginf(), -math.inf)
+        reference = Distribution(base, y)
     old = None if old_logp is None else rows(old_logp)
-    t = Tokens(rows(logits), y, reference=reference, old_logp=old)
+    t = Tokens(z, y, reference=reference, old_logp=old)
     if reads := target.ahead_reads:
         ids = torch.zeros_like(y) if sequence_ids is None else sequence_ids[kept]
-        base = t.base.logp_y if "reference" in reads else None
-        t.ahead = target.look_ahead(LabelView(t.logp_y, base, ids)).to(dtype)
+        base_y = t.base.logp_y if "reference" in reads else None
+        t.ahead = target.look_ahead(LabelView(t.logp_y, base_y, ids)).to(dtype)
     return evaluate(target, t, gradient=gradient)
 
 

@@ -9,11 +9,11 @@ distribution they read ahead.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from gift_lightning.distribution import Distribution
@@ -31,6 +31,16 @@ class Head:
     bias: Float[Tensor, " v"] | None = None
     scale: float = 1.0
     softcap: float | None = None
+
+    @property
+    def absent(self) -> Bool[Tensor, " v"] | None:
+        """Which classes do not exist, or None: a bias of -inf, which a cap would make finite."""
+        return None if self.bias is None or self.softcap is not None else self.bias.isneginf()
+
+    def detached(self) -> "Head":
+        """The same head, through which no gradient flows."""
+        bias = None if self.bias is None else self.bias.detach()
+        return replace(self, weight=self.weight.detach(), bias=bias)
 
     def project(self, hidden: Float[Tensor, "n d"], out: Tensor | None = None) -> Tensor:
         """[n, v] logits in float32 or better, written to `out` where given."""
@@ -110,7 +120,8 @@ def fused_token_loss(
         softcap: cap·tanh(logits/cap), of student and reference.
         old_logp: the old policy's label log-probabilities (PSFT).
         sequence_ids: which sequence each token belongs to; one sequence if not given.
-        token_weight: factor on each token's loss.
+        token_weight: factor on each token's finished loss, unlike `Target.label_weight`, a share of
+            Q within the token.
         chunk_size: tokens projected at a time; by default about 2²⁵ logits.
 
     Raises:
@@ -135,8 +146,7 @@ def fused_token_loss(
                 f"the reference's vocabulary has {reference_weight.shape[0]} entries, the "
                 f"student's {weight.shape[0]}: they need the same tokenizer and head size."
             )
-        detached = None if reference_bias is None else reference_bias.detach()
-        reference_head = Head(reference_weight.detach(), detached, logit_scale, softcap)
+        reference_head = replace(head, weight=reference_weight, bias=reference_bias).detached()
         reference = ProjectedRows(reference_hidden.detach()[kept], reference_head)
 
     def at_kept(x: Tensor | None) -> Tensor | None:
@@ -191,13 +201,8 @@ def head_loss(
         head, labels, target, reference, old_logp, sequence_ids, token_weight, chunk_size, diagnose
     )
     bias = head.bias if head.bias is not None else hidden.new_zeros(0)
-    outputs = _FusedLoss.apply(hidden, head.weight, bias, job, torch.is_grad_enabled())
-    loss, rest = outputs[0], list(outputs[1:])
-    stats = Evaluation(rest[0], None, *rest[1:5])
-    if diagnose:
-        stats.entropy, stats.kl_target = rest[5], rest[6]
-        stats.kl_reference = rest[7] if reference is not None else None
-    return loss, stats
+    loss, *stats = _FusedLoss.apply(hidden, head.weight, bias, job, torch.is_grad_enabled())
+    return loss, Evaluation(gradient=None, **dict(zip(job.stats, stats, strict=True)))
 
 
 @dataclass
@@ -214,12 +219,22 @@ class _Job:
     chunk_size: int
     diagnose: bool
 
+    @property
+    def stats(self) -> list[str]:
+        """Which fields of `Evaluation` are wanted."""
+        unwanted = {"gradient"}
+        if not self.diagnose:
+            unwanted |= {"entropy", "kl_target", "kl_reference"}
+        elif self.reference is None:
+            unwanted |= {"kl_reference"}
+        return [f.name for f in fields(Evaluation) if f.name not in unwanted]
+
 
 @dataclass
 class _Pass:
     """Results of one pass over all chunks."""
 
-    stats: list[Tensor]
+    stats: dict[str, Tensor]
     d_hidden: Tensor | None = None
     d_weight: Tensor | None = None
     d_bias: Tensor | None = None
@@ -245,8 +260,7 @@ def _run(hidden: Tensor, job: _Job, needs: tuple[bool, bool, bool]) -> _Pass:
     buffers = _Buffers(hidden, head.weight.shape[0], min(n, job.chunk_size))
     known = None if job.reference is None else job.reference.logp_y
     ahead = _look_ahead(hidden, job, buffers)
-    num_stats = 8 if job.diagnose else 5
-    out = _Pass([torch.zeros(n, dtype=wide, device=hidden.device) for _ in range(num_stats)])
+    out = _Pass({k: torch.zeros(n, dtype=wide, device=hidden.device) for k in job.stats})
     if needs[0]:
         out.d_hidden = torch.zeros(hidden.shape, dtype=wide, device=hidden.device)
     if needs[1]:
@@ -265,9 +279,8 @@ def _run(hidden: Tensor, job: _Job, needs: tuple[bool, bool, bool]) -> _Pass:
             buffer=buffers.get("p", len(y)),
         )
         result = evaluate(job.target, t, gradient=any(needs), diagnose=job.diagnose)
-        for kept, new in zip(out.stats, _stats(result), strict=True):
-            if new is not None:
-                kept[rows] = new
+        for name, kept in out.stats.items():
+            kept[rows] = getattr(result, name)
         if result.gradient is not None:
             g = head.backproject(logits, result.gradient)
             if job.token_weight is not None:
@@ -281,23 +294,17 @@ def _run(hidden: Tensor, job: _Job, needs: tuple[bool, bool, bool]) -> _Pass:
     return out
 
 
-def _stats(r: Evaluation) -> list[Tensor | None]:
-    basic: list[Tensor | None] = [r.value, r.gamma, r.label_mass, r.nll, r.correct]
-    return basic if r.entropy is None else [*basic, r.entropy, r.kl_target, r.kl_reference]
-
-
 def _reference(
     job: _Job, rows: slice, known: Tensor | None, buffers: _Buffers
 ) -> Distribution | None:
     reference = job.reference
     if reference is None:
         return None
-    count, bias = rows.stop - rows.start, job.head.bias
+    count, absent = rows.stop - rows.start, job.head.absent
 
     def logits() -> Tensor:
         z = reference.logits(rows, buffers.get("reference_logits", count))
-        # Classes that the student's head rules out are absent for the reference as well.
-        return z if bias is None else z.masked_fill_(bias.isneginf(), -math.inf)
+        return z if absent is None else z.masked_fill_(absent, -math.inf)
 
     return Distribution(
         logits,
@@ -338,12 +345,12 @@ class _FusedLoss(torch.autograd.Function):
         needs = tuple(with_grad and need for need in ctx.needs_input_grad[:3])
         with torch.autocast(hidden.device.type, enabled=False):
             result = _run(hidden, job, needs)  # type: ignore[arg-type]
-        value, weight_of = result.stats[0], job.token_weight
+        value, weight_of = result.stats["value"], job.token_weight
         loss = value.clone() if weight_of is None else value * weight_of
         ctx.save_for_backward(hidden, weight, bias)
         ctx.job, ctx.needs, ctx.made = job, needs, result
-        ctx.mark_non_differentiable(*result.stats)
-        return (loss, *result.stats)
+        ctx.mark_non_differentiable(*result.stats.values())
+        return (loss, *result.stats.values())
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -354,7 +361,7 @@ class _FusedLoss(torch.autograd.Function):
             # Weights that the forward pass did not know, or a second backward pass: once more.
             job = ctx.job
             known = upstream if job.token_weight is None else upstream * job.token_weight
-            again = _Job(**{**vars(job), "token_weight": known, "diagnose": False})
+            again = replace(job, token_weight=known, diagnose=False)
             with torch.autocast(hidden.device.type, enabled=False):
                 made = _run(hidden, again, ctx.needs)
             factor = None

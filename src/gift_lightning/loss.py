@@ -56,6 +56,8 @@ def evaluate(
     declared_scale = target.scale(t)
     scale = _per_token(declared_scale, t)
     residual = target.residual(t)
+    if residual is not None:
+        residual = residual.expand(len(t.labels), -1)
     second = target.second_term(t)
     temperature = target.temperature_of_softmax
     s = t if temperature == 1.0 else t.tempered(temperature)

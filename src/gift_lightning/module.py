@@ -136,6 +136,8 @@ class PolicyModule(pl.LightningModule):
         # transformers loads models in eval mode and Lightning keeps it: no dropout, no
         # checkpointing. Mind that a Trainer puts a module into eval mode for validation only.
         self.policy.train()
+        # What `on_train_batch_end` left there at the end of an earlier `fit` of this trainer.
+        vars(self.trainer.fit_loop.epoch_loop).pop("_should_check_val_fx", None)
         self._last_log = time.perf_counter()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
@@ -191,6 +193,12 @@ class PolicyModule(pl.LightningModule):
             super().lr_scheduler_step(scheduler, metric)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        if self._is_end:
+            # A report and a checkpoint need the numbers of the end, where no schedule needs to
+            # fall. The epoch loop asks this once more and then validates as it always does, before
+            # monitoring checkpoints and exports; the schedule itself stays the user's.
+            loop, wanted = self.trainer.fit_loop.epoch_loop, self.trainer.enable_validation
+            loop._should_check_val_fx = lambda data_fetcher: wanted  # type: ignore[method-assign]
         if self._step.norm is None:  # in the middle of an optimizer step
             return
         if self.global_step % self._log_every == 0:
@@ -198,11 +206,15 @@ class PolicyModule(pl.LightningModule):
             self._loss_since_log, self._steps_since_log = 0.0, 0
             self._tokens_since_log, self._last_log = 0, time.perf_counter()
         self._step = _Step()
-        trainer = self.trainer
-        if self.global_step == trainer.max_steps:
-            trainer.should_stop = True
-        if trainer.should_stop or self.current_epoch + 1 == trainer.max_epochs:
-            trainer.check_val_every_n_epoch = 1  # the end is validated, wherever it falls
+
+    @property
+    def _is_end(self) -> bool:
+        """Whether training ends with the current batch, by any of the Trainer's limits."""
+        trainer, loop = self.trainer, self.trainer.fit_loop
+        if (trainer.should_stop and loop._can_stop_early) or self.global_step == trainer.max_steps:
+            return True
+        num_epochs = loop.epoch_progress.current.processed + 1  # type: ignore[attr-defined]
+        return trainer.is_last_batch and num_epochs == trainer.max_epochs
 
     def step_metrics(self) -> dict[str, Any]:
         """What is logged after an optimizer step; a stage adds its own."""

@@ -44,16 +44,6 @@ class Encoded:
     """What happened to the example on the way, to be counted and shown."""
 
 
-def encode(
-    record: Record,
-    tokenizer: PreTrainedTokenizerBase,
-    rendering: Rendering,
-    vocab_size: int | None = None,
-) -> Encoded | Rejected:
-    """Tokenise one record; see `encode_all`."""
-    return next(encode_all([record], tokenizer, rendering, vocab_size))[1]
-
-
 def encode_all(
     records: Iterable[Record | Rejected],
     tokenizer: PreTrainedTokenizerBase,

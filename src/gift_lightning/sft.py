@@ -1,7 +1,7 @@
 """Supervised fine-tuning towards any target distribution."""
 
 import dataclasses
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -70,7 +70,7 @@ class SFT(PolicyModule):
         self.chunk_size = chunk_size
         self.old_policy = OldPolicy(old_policy_every) if target.needs_old_policy else None
         self._train_means = TokenMeans()
-        self._val_means = torch.nn.ModuleList()
+        self._val_means: list[TokenMeans] = []
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
@@ -85,8 +85,14 @@ class SFT(PolicyModule):
         if self.target.is_resolved:
             return
         assert self.reference is not None, "guarded by Target.check"
-        batches = self.trainer.datamodule.one_pass()  # type: ignore[attr-defined]
-        parts = []
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if not hasattr(data, "one_pass"):
+            raise ValueError(
+                f"target {type(self.target).__name__} has an option that is found from the data, "
+                "which no datamodule with one_pass() gives: train on an SFTData, or set the option "
+                "by target.resolve(reference_logp_y, num_classes)."
+            )
+        batches, parts = data.one_pass(), []
         for batch in track(batches, "Reference surprise of the training data", transient=True):
             batch = self.transfer_batch_to_device(batch, self.device, 0)
             parts.append(self.reference.label_logp(self.policy, batch))
@@ -151,21 +157,16 @@ class SFT(PolicyModule):
     def on_validation_start(self) -> None:
         super().on_validation_start()
         self._resolve_target()
-        names = self._val_names()
-        while len(self._val_means) < len(names):
-            self._val_means.append(TokenMeans().to(self.device))
+        self._val_means = [TokenMeans().to(self.device) for _ in self._val_names()]
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         _, stats = self.losses(batch, diagnose=True)
-        means = cast(TokenMeans, self._val_means[dataloader_idx])
-        means.update(stats)
+        self._val_means[dataloader_idx].update(stats)
 
     def on_validation_epoch_end(self) -> None:
         for name, means in zip(self._val_names(), self._val_means, strict=True):
-            assert isinstance(means, TokenMeans)
             prefix = "val" if name == "val" else f"val/{name}"
             self.log_dict({f"{prefix}/{k}": v for k, v in means.compute().items()})
-            means.reset()
 
     def _val_names(self) -> list[str]:
         data = getattr(self.trainer, "datamodule", None)

@@ -24,7 +24,8 @@ class Tokens(Distribution):
     """What a target sees of n supervised tokens: the student, and whatever else was asked for.
 
     Attributes:
-        reference: the frozen reference (for distillation: the teacher), or None.
+        reference: the frozen reference (for distillation: the teacher), or None; it knows no class
+            that the student lacks, which is for the caller to see to.
         old_logp: [n] label log-probability under the old policy, or None.
         ahead: [n] what `Target.look_ahead` found, or None.
     """
@@ -43,10 +44,6 @@ class Tokens(Distribution):
         self.old_logp = old_logp
         self.ahead = ahead
         self.reference = reference
-        if reference is not None and self.absent is not None:  # a class is absent for both
-            known = reference.__dict__.get("logp_y")
-            masked = reference.logits.masked_fill(self.absent, float("-inf"))
-            self.reference = Distribution(masked, labels, known)
 
     @property
     def base(self) -> Distribution:
@@ -104,10 +101,16 @@ class Target(ABC):
 
     @abstractmethod
     def label_weight(self, t: Tokens) -> Scalar | tuple[Scalar, Scalar]:
-        """γ, the trust in the demonstrated token; or (γ, 1 − γ) where 1 − γ would cancel."""
+        """γ, the trust in the demonstrated token; or (γ, 1 − γ) where 1 − γ would cancel.
+
+        A share of Q within the token, unlike `token_weight`, a factor on its finished loss.
+        """
 
     def residual(self, t: Tokens) -> Float[Tensor, "#n #v"] | None:
-        """π̃, where the rest of the mass goes. None: the student itself, which gives no gradient."""
+        """π̃, where the rest of the mass goes. None: the student itself, which gives no gradient.
+
+        One row is the same for all tokens, one column the same for all classes.
+        """
         return None
 
     def scale(self, t: Tokens) -> Scalar:
