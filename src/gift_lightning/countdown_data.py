@@ -26,6 +26,8 @@ from gift_lightning.countdown import (
     split_of,
 )
 from gift_lightning.data import SFTData
+from gift_lightning.problems import CountdownProblems
+from gift_lightning.problems import Problem as EvalProblem
 from gift_lightning.records import Record, Rejected
 from gift_lightning.seeds import keyed_seed
 
@@ -149,9 +151,11 @@ class CountdownData(SFTData):
             for kind in _KINDS
         }
 
-    def eval_problems(self) -> dict[str, list[Problem]]:
+    def eval_problems(self) -> dict[str, list[EvalProblem]]:
         """The problems of `val_records`, for sampling."""
-        return {kind: problems("validation", self.num_eval, 0, kind) for kind in _KINDS}
+        return {
+            kind: CountdownProblems("validation", kind, self.num_eval).load() for kind in _KINDS
+        }
 
 
 def _records(name: str, pairs: list[tuple[str, str]]) -> Iterator[Record]:

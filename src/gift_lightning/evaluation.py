@@ -1,170 +1,240 @@
-"""Unbiased pass@k on problems with a verifier, during training."""
+"""Evaluation by sampling, during training or alone: how often a model is right, how variously."""
 
+import math
 from collections.abc import Sequence
-from typing import Any, Protocol, cast, runtime_checkable
+from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from lightning.pytorch.trainer.states import TrainerFn
 
+from gift_lightning.completions import Row, Solved, read_solved, solved, write
 from gift_lightning.functional import pass_at_k
-from gift_lightning.generation import generate
-from gift_lightning.seeds import keyed_seed
+from gift_lightning.metrics import (
+    AvgAtN,
+    DistinctSolutions,
+    MajAtN,
+    PassAtK,
+    ProblemMean,
+    TruncationRate,
+)
+from gift_lightning.problems import Problem, Problems
+from gift_lightning.sampler import Sampler, Settings
 
 
-@runtime_checkable
-class Verifiable(Protocol):
-    """A problem with a prompt and a check of its answers."""
+class GenerationEval(Callback):
+    """Samples completions of problems at validation, before training too, and logs for each set
 
-    @property
-    def prompt(self) -> str: ...
+    - ``val/<set>/pass@<k>``, ``avg@<n>``, ``maj@<n>`` (where a reward extracts answers),
+      ``truncated``, ``distinct`` (different right solutions of a problem), with a bootstrap error
+      over problems as ``..._se``, and ``not_scorable``, the share of samples that no reward could
+      judge. These, and truncated ones, count as wrong;
+    - ``coverage@<G>``: the share of problems that have a right sample among G, which is pass@G. RL
+      with groups of G can only learn from these: look at it before RL starts;
+    - ``coverage_kept@<G>``: of the problems that the base covers, the share that this model covers
+      too. The base is a file of its samples (`baseline`), by default what this run saw before its
+      first step: in SFT from the base, the base itself. As a problem is covered with some
+      probability, the share is Σ base·model / Σ base over problems, of their unbiased pass@G. Both
+      are drawn from the same random streams, so it is 1 for an unchanged model at G = n.
 
-    def verify(self, text: str) -> bool: ...
-
-
-class PassAtK(Callback):
-    """Samples answers to the datamodule's problems at validation and logs pass@k with its standard
-    error over problems.
-
-    The datamodule gives ``eval_problems() -> {set: problems}``; the module has a `model` (a causal
-    LM) and its `tokenizer`. Logged for each set: ``val/<set>/pass@<k>``, ``val/<set>/pass@<k>_se``
-    and ``val/<set>/truncated`` (share of the samples without an end token, all counted as wrong).
     Every evaluation draws from the same random streams, so that differences between two of them are
-    differences of the model. Ranks share the problems, and all get the same numbers.
+    differences of the model. All samples are written to ``completions/`` in the run's folder. Ranks
+    share the problems, and all get the same numbers.
 
     Attributes:
         history: one dict of metrics for each evaluation, with its `step`.
-        completions: three of the last evaluation: set, prompt, completion, correct (rank 0 only).
+        completions: some samples of the last evaluation, evenly over the sets.
     """
 
     def __init__(
         self,
-        num_problems: int = 256,
+        sets: dict[str, Problems] | None = None,
+        rewards: Sequence[str | dict[str, Any]] = ("Countdown",),
+        threshold: float = 1.0,
         num_samples: int = 16,
         ks: Sequence[int] = (1, 16),
         temperature: float = 1.0,
         top_p: float = 1.0,
-        max_new_tokens: int = 32,
-        every: int = 1,
-        batch_size: int = 256,
+        max_new_tokens: int = 256,
         seed: int = 0,
+        batch_size: int = 256,
+        every: int = 1,
+        chat: bool = False,
+        group_size: int | None = None,
+        baseline: str | None = None,
+        num_logged: int = 3,
     ) -> None:
         """
         Args:
-            num_problems: from each set, its first ones; fewer where it has fewer.
-            num_samples: completions of each problem.
+            sets: named problems; by default those of the data, by its `eval_problems()`.
+            rewards: what judges a completion, as for GRPO.
+            threshold: a completion is right if its rewards sum up to this.
+            num_samples: n, completions of each problem.
             ks: budgets to report, at most num_samples.
             temperature: of sampling; 0 is greedy.
             top_p: mass of the likeliest tokens that are sampled from.
             max_new_tokens: length limit of a completion.
-            every: evaluate at every n-th validation run (and before training).
-            batch_size: completions sampled side by side.
             seed: of the sampling streams.
+            batch_size: completions sampled side by side.
+            every: evaluate at every n-th validation run (and before training).
+            chat: make text prompts a user's turn of the tokenizer's chat template.
+            group_size: G of the RL stage, at most num_samples; num_samples by default.
+            baseline: completions/*.parquet of the base model's evaluation.
+            num_logged: samples to show at the end.
 
         Raises:
-            ValueError: a k outside 1 to num_samples, or a count below 1.
+            ValueError: a k or group_size outside 1 to num_samples, or a count below 1.
         """
-        for name, value in {
-            "num_problems": num_problems,
-            "num_samples": num_samples,
-            "max_new_tokens": max_new_tokens,
-            "every": every,
-            "batch_size": batch_size,
-        }.items():
-            if value < 1:
-                raise ValueError(f"PassAtK.{name} must be at least 1, got {value}: raise it.")
-        if not ks or not all(1 <= k <= num_samples for k in ks):
+        self.settings = Settings(
+            num_samples, threshold, temperature, top_p, max_new_tokens, chat, seed, batch_size
+        )
+        self.group_size = num_samples if group_size is None else group_size
+        if not ks or not all(1 <= k <= num_samples for k in (*ks, self.group_size)):
             raise ValueError(
-                f"PassAtK.ks must lie between 1 and num_samples={num_samples}, got {list(ks)}: "
-                "change one of them."
+                "GenerationEval.ks and group_size must lie between 1 and num_samples="
+                f"{num_samples}, got {list(ks)} and {self.group_size}: change one of them."
             )
-        self.num_problems, self.num_samples, self.ks = num_problems, num_samples, tuple(ks)
-        self.temperature, self.top_p, self.max_new_tokens = temperature, top_p, max_new_tokens
-        self.every, self.batch_size, self.seed = every, batch_size, seed
+        if every < 1 or num_logged < 0:
+            raise ValueError(
+                f"GenerationEval needs every of at least 1 and num_logged of at least 0, got "
+                f"{every} and {num_logged}: raise them."
+            )
+        self.sets, self.rewards, self.ks = sets, rewards, tuple(ks)
+        self.every, self.baseline, self.num_logged = every, baseline, num_logged
         self.history: list[dict[str, float]] = []
-        self.completions: list[dict[str, Any]] = []
+        self.completions: list[Row] = []
+        self._sampler: Sampler | None = None
+        self._base: Solved = {}
         self._validations = 0
+        self._loaded_step = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if not hasattr(trainer.datamodule, "eval_problems"):  # type: ignore[attr-defined]
+        """Loads everything, so that what is wrong is refused before training."""
+        sets = self._load(trainer)
+        self.teardown(trainer, pl_module, stage)
+        self._sampler = Sampler(self.settings, self.rewards, sets, pl_module)
+        if self.baseline is not None:
+            self._base = read_solved(self.baseline, sets, self.settings.shared, self.group_size)
+
+    def _load(self, trainer: Trainer) -> dict[str, list[Problem]]:
+        if self.sets is not None:
+            found = {name: problems.load() for name, problems in self.sets.items()}
+        else:
+            data = trainer.datamodule  # type: ignore[attr-defined]
+            if not hasattr(data, "eval_problems"):
+                raise ValueError(
+                    "GenerationEval needs sets, or data with eval_problems() such as "
+                    "CountdownData: set GenerationEval.sets, or drop it."
+                )
+            found = data.eval_problems()
+        if not found or not all(found.values()):
+            raise ValueError("GenerationEval has no problems: give every set some.")
+        return found
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.enable_validation or trainer.val_dataloaders == []:
             raise ValueError(
-                "PassAtK needs a datamodule with eval_problems(), such as CountdownData: "
-                "set data, or drop PassAtK."
+                "GenerationEval runs at validation, and this run has none: give data.val, and "
+                "leave trainer.limit_val_batches above 0."
             )
 
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._sampler is not None:
+            self._sampler.close()
+            self._sampler = None
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self.teardown(trainer, pl_module, "")
+
     def state_dict(self) -> dict[str, Any]:
-        return {"history": self.history, "validations": self._validations}
+        return {"history": self.history, "validations": self._validations, "base": self._base}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history, self._validations = state_dict["history"], state_dict["validations"]
+        if self.baseline is None:
+            self._base = state_dict["base"]
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._loaded_step = checkpoint["global_step"]
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.sanity_checking:
+        training = trainer.state.fn == TrainerFn.FITTING
+        if training and not trainer.sanity_checking:
             self._validations += 1
             if self._validations % self.every:
                 return
-        metrics = self.evaluate(trainer, pl_module)
+        step = trainer.global_step if training else self._loaded_step
+        rows, metrics = self.evaluate(trainer, pl_module)
         pl_module.log_dict(metrics)
-        self.history.append({"step": trainer.global_step, **metrics})
+        self.history.append({"step": step, **metrics})
+        if training and step == 0 and not self._base:
+            self._base = solved(rows)
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            folder, kind = Path(trainer.default_root_dir), "step" if training else "validate"
+            write(folder / "completions", kind, step, rows, self.settings.shared)
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_table") and self.completions:
+                data = [list(row.values()) for row in self.completions]
+                logger.log_table("completions", columns=list(self.completions[0]), data=data)
 
-    def evaluate(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
-        """The metrics of all sets, the same on every rank."""
+    on_test_epoch_end = on_validation_epoch_end
+
+    def evaluate(
+        self, trainer: Trainer, pl_module: LightningModule
+    ) -> tuple[list[Row], dict[str, float]]:
+        """All samples and the metrics of all sets, the same on every rank."""
+        assert self._sampler is not None, "setup comes first"
+        rows: list[Row] = []
         metrics: dict[str, float] = {}
-        self.completions = []
-        datamodule = trainer.datamodule  # type: ignore[attr-defined]
-        for name, problems in datamodule.eval_problems().items():
-            problems = problems[: self.num_problems]
-            counts = self._sampled(trainer, pl_module, name, problems)
-            for k in self.ks:
-                solved = pass_at_k(self.num_samples, counts[:, 0], k)
-                metrics[f"val/{name}/pass@{k}"] = solved.mean().item()
-                metrics[f"val/{name}/pass@{k}_se"] = (
-                    solved.std().item() / len(solved) ** 0.5 if len(solved) > 1 else 0.0
-                )
-            metrics[f"val/{name}/truncated"] = (
-                counts[:, 1].double().mean().item() / self.num_samples
-            )
-        self.completions = self.completions[:: max(1, len(self.completions) // 3)][:3]
-        return metrics
+        for name in self._sampler.sets:
+            sampled = self._sampler.sample(name, pl_module, trainer)
+            measured = self._measured(sampled)
+            metrics |= {f"val/{name}/{key}": value for key, value in measured.items()}
+            rows += sampled
+        first = rows[:: self.settings.num_samples]
+        shown = min(self.num_logged, len(first))
+        self.completions = [first[i * len(first) // shown] for i in range(shown)]
+        return rows, metrics
 
-    def _sampled(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        name: str,
-        problems: Sequence[Verifiable],
-    ) -> Tensor:
-        """Correct and truncated samples of each problem, int64 [problems, 2], summed over ranks."""
-        model = cast(PreTrainedModel, pl_module.model)
-        tokenizer = cast(PreTrainedTokenizerBase, pl_module.tokenizer)
-        mine = range(trainer.global_rank, len(problems), trainer.world_size)
-        groups = generate(
-            model,
-            [tokenizer(problems[i].prompt)["input_ids"] for i in mine],
-            self.num_samples,
-            max_new_tokens=self.max_new_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            eos_ids=[tokenizer.eos_token_id],
-            pad_id=tokenizer.pad_token_id,
-            seed=keyed_seed(self.seed, "evaluation", name),
-            batch_size=self.batch_size,
-            keys=mine,
-        )
-        counts = [[0, 0] for _ in problems]
-        for i, group in zip(mine, groups, strict=True):
-            for k, completion in enumerate(group):
-                text = str(
-                    tokenizer.decode(completion.tokens[: -1 if completion.finished else None])
-                )
-                correct = completion.finished and problems[i].verify(text)
-                counts[i][0] += correct
-                counts[i][1] += not completion.finished
-                if k == 0:
-                    shown = {"set": name, "prompt": problems[i].prompt}
-                    self.completions.append({**shown, "completion": text, "correct": correct})
-        device = pl_module.device
-        summed = trainer.strategy.reduce(torch.tensor(counts, device=device), reduce_op="sum")
-        assert isinstance(summed, Tensor)
-        return summed
+    def _measured(self, rows: list[Row]) -> dict[str, float]:
+        """The metrics of one set from its samples."""
+        n, g = self.settings.num_samples, self.group_size
+        groups = [rows[i : i + n] for i in range(0, len(rows), n)]
+
+        def column(name: str) -> list[list[Any]]:
+            return [[row[name] for row in group] for group in groups]
+
+        correct = torch.tensor(column("correct"))
+        found: dict[str, ProblemMean] = {}
+
+        def add(key: str, metric: ProblemMean, *given: Any) -> None:
+            metric.update(*given)
+            found[key] = metric
+
+        alone = {"sync_on_compute": False}  # every rank holds all samples
+        for k in self.ks:
+            add(f"pass@{k}", PassAtK(k, **alone), correct)
+        add(f"avg@{n}", AvgAtN(**alone), correct)
+        if self._sampler is not None and self._sampler.answer is not None:
+            add(f"maj@{n}", MajAtN(**alone), column("answer"), correct)
+        add("truncated", TruncationRate(**alone), torch.tensor(column("truncated")))
+        add("distinct", DistinctSolutions(**alone), column("completion"), correct)
+        measured = {key: metric.compute().item() for key, metric in found.items()}
+        measured |= {f"{key}_se": x.standard_error().item() for key, x in found.items()}
+        measured["not_scorable"] = sum(math.isnan(row["reward"]) for row in rows) / len(rows)
+
+        covered = pass_at_k(n, correct.sum(1), g)
+        measured[f"coverage@{g}"] = covered.mean().item()
+        counts = [self._base.get(x[0]["set"], {}).get(x[0]["prompt"], (0, 0)) for x in groups]
+        if all(drawn >= g for drawn, _ in counts):
+            drawn, right = torch.tensor(counts).T
+            by_base = pass_at_k(drawn, right, g)
+            if by_base.sum() > 0:
+                kept = (by_base * covered).sum() / by_base.sum()
+                measured[f"coverage_kept@{g}"] = kept.item()
+        return measured

@@ -1,18 +1,20 @@
 """One run, one folder: where it writes, what it leaves behind, what it says at the end."""
 
 import csv
+import re
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.trainer.states import TrainerFn
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from gift_lightning.evaluation import PassAtK
+from gift_lightning.evaluation import GenerationEval
 from gift_lightning.module import PolicyModule
 
 
@@ -48,9 +50,18 @@ class ExportHF(Callback):
             pl_module.export(str(Path(trainer.default_root_dir) / "hf"))
 
 
-_COLUMNS = ("nll", "entropy", "kl_reference", "mean_token_accuracy", "pass@1", "pass@16")
+_COLUMNS = (
+    "nll",
+    "entropy",
+    "kl_reference",
+    "mean_token_accuracy",
+    "pass@",  # with any number behind it
+    "maj@",
+    "distinct",
+    "coverage_kept@",
+)
 
-_HEADS = {"nll": "NLL", "kl_reference": "KL(ref)", "mean_token_accuracy": "accuracy"}
+_HEADS = {"nll": "NLL", "kl_reference": "KL", "mean_token_accuracy": "acc"}
 
 
 class Report(Callback):
@@ -77,37 +88,51 @@ class Report(Callback):
             logger.log_metrics(self.before, step=0)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._end(trainer, "after", "Before and after training")
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._end(trainer, "", "Validation")
+
+    def _end(self, trainer: pl.Trainer, when: str, title: str) -> None:
         if not trainer.is_global_zero:
             return
         console = Console()
         after = {k: float(v) for k, v in trainer.callback_metrics.items()}
         if any(k.startswith("val") for k in after):
-            console.print(self._table(after))
+            console.print(self._table({"before": self.before, when: after}, title))
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, PassAtK):
-                self._samples(console, callback.completions)
+            if isinstance(callback, GenerationEval) and callback.completions:
+                console.print(self._samples(callback.completions))
         self._places(console, trainer)
 
-    def _table(self, after: dict[str, float]) -> Table:
-        sets = list(dict.fromkeys(k.rpartition("/")[0] for k in after if k.startswith("val")))
-        columns = [c for c in _COLUMNS if any(f"{s}/{c}" in after for s in sets)]
-        heads = [_HEADS.get(c, c) for c in columns]
-        table = Table("set", "", *heads, title="Before and after training", box=SIMPLE)
+    def _table(self, measured: dict[str, dict[str, float]], title: str) -> Table:
+        """One row for each validation set and each time that it was measured."""
+        seen = [k.rpartition("/") for metrics in measured.values() for k in metrics]
+        sets = list(dict.fromkeys(s for s, _, _ in seen if s.startswith("val")))
+        names = dict.fromkeys(k for s, _, k in seen if s in sets and not k.endswith("_se"))
+        columns = [k for c in _COLUMNS for k in names if re.sub(r"@\d+", "@", k) == c]
+        heads = [_HEADS.get(k, k.replace("coverage_", "")) for k in columns]
+        table = Table(
+            "set", "", *heads, title=title, box=SIMPLE, collapse_padding=True, pad_edge=False
+        )
         for name in sets:
-            for when, metrics in (("before", self.before), ("after", after)):
+            for when, metrics in measured.items():
                 cells = [
                     f"{metrics[f'{name}/{c}']:.3f}" if f"{name}/{c}" in metrics else "–"
                     for c in columns
                 ]
-                if when == "after" or self.before:
+                if metrics:
                     table.add_row(name.removeprefix("val/"), when, *cells)
         return table
 
-    def _samples(self, console: Console, completions: list[dict[str, Any]]) -> None:
-        for sample in completions:
-            mark = "[green]right[/green]" if sample["correct"] else "[red]wrong[/red]"
-            prompt, completion = escape(sample["prompt"]), escape(sample["completion"])
-            console.print(f"[bold]{prompt}[/bold]{completion}  {mark}", highlight=False)
+    def _samples(self, completions: list[dict[str, Any]]) -> Table:
+        table = Table("set", "prompt", "completion", "reward", "", box=SIMPLE)
+        for x in completions:
+            mark = "[green]right[/green]" if x["correct"] else "[red]wrong[/red]"
+            texts = (escape(_shortened(x[name])) for name in ("prompt", "completion"))
+            table.add_row(x["set"], *texts, f"{x['reward']:.2f}", mark)
+        return table
 
     def _rejected(self, trainer: pl.Trainer) -> None:
         """Every record that is not trained, with its place and reason, as `rejected.csv`."""
@@ -120,6 +145,11 @@ class Report(Callback):
 
     def _places(self, console: Console, trainer: pl.Trainer) -> None:
         root = Path(trainer.default_root_dir)
-        names = ("config.yaml", "metrics.csv", "rejected.csv", "checkpoints", "hf")
+        names = ("config.yaml", "metrics.csv", "rejected.csv", "completions", "checkpoints", "hf")
         made = [name for name in names if (root / name).exists()]
         console.print(f"Written to [bold]{escape(str(root))}[/bold]: {', '.join(made)}")
+
+
+def _shortened(text: str) -> str:
+    """The start and, where the answer tends to be, the end of a long text."""
+    return text if len(text) <= 400 else f"{text[:150]} … {text[-250:]}"

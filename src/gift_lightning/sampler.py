@@ -1,0 +1,154 @@
+"""Completions of problems, drawn from a model and judged by rewards."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+import torch.distributed
+from lightning.pytorch import Trainer
+
+from gift_lightning.completions import Row
+from gift_lightning.generation import Completion, generate
+from gift_lightning.problems import Problem, check_columns, prompt_text, prompt_tokens
+from gift_lightning.rewards import build_rewards, needs
+from gift_lightning.seeds import keyed_seed
+from gift_lightning.workers import Request, RewardPool
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How an evaluation draws and judges; `GenerationEval` explains each."""
+
+    num_samples: int
+    threshold: float
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    chat: bool
+    seed: int
+    batch_size: int
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "max_new_tokens", "batch_size"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(
+                    f"GenerationEval.{name} must be at least 1, got {value}: raise it."
+                )
+        if not (self.temperature >= 0 and 0 < self.top_p <= 1 and math.isfinite(self.threshold)):
+            raise ValueError(
+                "GenerationEval needs a temperature of at least 0, a top_p in (0, 1] and a finite "
+                f"threshold, got {self.temperature}, {self.top_p} and {self.threshold}."
+            )
+
+    @property
+    def shared(self) -> dict[str, float]:
+        """What two evaluations must have in common to be compared."""
+        names = ("temperature", "top_p", "max_new_tokens", "chat", "threshold")
+        return {name: getattr(self, name) for name in names}
+
+
+class Sampler:
+    """Draws and judges the completions of named problem sets.
+
+    Args:
+        rewards: what judges, as for GRPO.
+        sets: the problems.
+        module: with a `model` (a causal LM) and its `tokenizer`.
+
+    Raises:
+        ValueError: a reward cannot be built, cannot run here or lacks a column, or a prompt has no
+            tokens or is too long for the model.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        rewards: Sequence[str | dict[str, Any]],
+        sets: Mapping[str, Sequence[Problem]],
+        module: Any,
+    ) -> None:
+        self.settings, self.sets = settings, sets
+        self.rewards = build_rewards(rewards)
+        offered = (getattr(weighted.reward, "answer", None) for weighted in self.rewards)
+        self.answer: Any = next(filter(callable, offered), None)
+        self._prompts: dict[str, list[list[int]]] = {}
+        positions = getattr(module.model.config, "max_position_embeddings", math.inf)
+        for name, problems in sets.items():
+            for weighted in self.rewards:
+                check_columns(weighted.name, problems, needs(weighted.reward))
+            prompts = [prompt_tokens(module.tokenizer, p, settings.chat) for p in problems]
+            for problem, ids in zip(problems, prompts, strict=True):
+                if len(ids) + settings.max_new_tokens > positions:
+                    raise ValueError(
+                        f"GenerationEval: the {len(ids)} prompt tokens of {problem.origin} and "
+                        f"max_new_tokens={settings.max_new_tokens} exceed the model's {positions} "
+                        "positions: lower max_new_tokens, or leave such prompts out."
+                    )
+            self._prompts[name] = prompts
+        self._pool = RewardPool(self.rewards)  # last: it starts processes
+
+    def sample(self, name: str, module: Any, trainer: Trainer) -> list[Row]:
+        """All samples of a set, in the order of its problems; each rank draws its share."""
+        problems = self.sets[name]
+        mine = range(trainer.global_rank, len(problems), trainer.world_size)
+        rows: list[Row] = []
+        requests: list[Request] = []
+        for i, group in zip(mine, self._generate(name, mine, module), strict=True):
+            prompt, columns = problems[i].prompt, problems[i].columns
+            columns = {**columns, "prompt": prompt}
+            columns["max_completion_length"] = self.settings.max_new_tokens
+            for completion in group:
+                ids = completion.tokens[: -1 if completion.finished else None]
+                text = str(module.tokenizer.decode(ids, skip_special_tokens=True))
+                requests.append(Request(text, completion.tokens, columns))
+                rows.append({"set": name, "problem": i, "prompt": prompt_text(prompt)})
+                rows[-1] |= {"completion": text, "truncated": not completion.finished}
+                said = self.answer is not None and completion.finished
+                rows[-1]["answer"] = self.answer(text, **columns) if said else None
+        for row, scored in zip(rows, self._pool.score(requests), strict=True):
+            row["reward"] = self._pool.total(scored)
+            # Weights such as 0.7, 0.2 and 0.1 sum up to a little less than 1.
+            enough = row["reward"] >= self.settings.threshold - 1e-9
+            row["correct"] = enough and not row["truncated"]
+        return _gathered(rows, trainer.world_size)
+
+    def close(self) -> None:
+        """Ends the reward workers."""
+        self._pool.close()
+
+    def _generate(self, name: str, places: Sequence[int], module: Any) -> list[list[Completion]]:
+        """Completions of the problems at these places: all that is asked of an engine."""
+        settings, ends, pad = self.settings, end_tokens(module), module.tokenizer.pad_token_id
+        return generate(
+            module.model,
+            [self._prompts[name][i] for i in places],
+            settings.num_samples,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            eos_ids=ends,
+            pad_id=ends[0] if pad is None else pad,
+            seed=keyed_seed(settings.seed, "evaluation", name),
+            batch_size=settings.batch_size,
+            keys=places,
+        )
+
+
+def _gathered(rows: list[Row], world_size: int) -> list[Row]:
+    """The rows of all ranks, by problem; the samples of one stay in their order."""
+    if world_size == 1:
+        return rows
+    parts: list[Any] = [None] * world_size
+    torch.distributed.all_gather_object(parts, rows)
+    return sorted(chain.from_iterable(parts), key=lambda row: row["problem"])
+
+
+def end_tokens(module: Any) -> list[int]:
+    """What ends a completion: the tokenizer's end token, the model's, and those it is taught."""
+    own = module.model.generation_config.eos_token_id
+    ends = [own] if isinstance(own, int) else list(own or [])
+    taught: list[int] = getattr(module, "_learned_ends", list)()
+    return list(dict.fromkeys([module.tokenizer.eos_token_id, *ends, *taught]))
