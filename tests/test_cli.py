@@ -243,8 +243,11 @@ def test_validate_measures_a_checkpoint(here, capsys):
     fit("--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.5")
     after = [row for row in logged(Path("runs/tiny")) if row["val/in/nll"]][-1]["val/in/nll"]
     last = "runs/tiny/checkpoints/last.ckpt"
-    main(["validate", "--config", "tiny.yaml", "--ckpt_path", last])
-    assert after[:6] in capsys.readouterr().out
+    for command in ("validate", "test"):
+        capsys.readouterr()
+        main([command, "--config", "tiny.yaml", "--ckpt_path", last])
+        printed = capsys.readouterr().out
+        assert f"{float(after):.3f}" in printed and "DataLoader 0" not in printed
 
 
 def test_a_checkpoint_of_another_model_is_refused(here, capsys):

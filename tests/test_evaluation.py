@@ -23,7 +23,7 @@ from gift_lightning.models import causal_lm
 from gift_lightning.problems import CountdownProblems, Problem, Problems
 from gift_lightning.rewards import Reward
 from gift_lightning.run import Report
-from gift_lightning.sampler import Sampler, end_tokens
+from gift_lightning.sampler import Sampler
 from gift_lightning.seeds import keyed_seed
 
 
@@ -116,6 +116,7 @@ class Module(pl.LightningModule):
             eos_token_id=self.tokenizer.eos_token_id,
         )
         self.model = LlamaForCausalLM(config)
+        self.end_ids = [self.tokenizer.eos_token_id]
         self.modes = []
 
     def training_step(self, batch, _):
@@ -491,16 +492,6 @@ def test_chat_prompts(tmp_path, monkeypatch):
     ] * 2
     rows = _samples(tmp_path, "validate-00000000-1")
     assert json.loads(rows[0]["prompt"]) == turns[0].prompt
-
-
-def test_end_tokens():
-    module = Module()
-    assert end_tokens(module) == [1]
-    module.model.generation_config.eos_token_id = [5, 1]
-    module._learned_ends = lambda: [7]
-    assert end_tokens(module) == [1, 5, 7]
-    module.model.generation_config.eos_token_id = None
-    assert end_tokens(module) == [1, 7]
 
 
 def test_a_logger_with_tables_gets_samples(tmp_path):

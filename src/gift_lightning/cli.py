@@ -22,8 +22,12 @@ from gift_lightning import (
     countdown_data,
     data,
     evaluation,
+    grpo,
     models,
+    problems,
+    prompts,
     references,
+    rollouts,
     sft,
     targets,
 )
@@ -37,8 +41,12 @@ __all__ = [
     "countdown_data",
     "data",
     "evaluation",
+    "grpo",
     "models",
+    "problems",
+    "prompts",
     "references",
+    "rollouts",
     "sft",
     "targets",
 ]
@@ -51,6 +59,11 @@ _DEFAULTS: dict[str, Any] = {
     "num_sanity_val_steps": -1,  # a whole validation before training: step 0 of every curve
     "use_distributed_sampler": False,  # the data modules deal samples to devices themselves
 }
+
+_MORE = (
+    "Also: `gift ablate FILE` runs arms × seeds × stages of an experiment; `gift compare RUN...` "
+    "tells which of their differences are real."
+)
 
 
 class _Parser(LightningArgumentParser):
@@ -109,7 +122,7 @@ class GiftCLI(LightningCLI):
             seed_everything_default=0,
             trainer_defaults=_DEFAULTS,
             parser_class=_Parser,
-            parser_kwargs={"prog": "gift"},
+            parser_kwargs={"prog": "gift", "epilog": _MORE},
             args=list(args) if args is not None else None,
             run=run,
         )
@@ -117,8 +130,14 @@ class GiftCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         inherited = LightningCLI.subcommands()
-        commands = {name: inherited[name] for name in ("fit", "validate")}
+        commands = {name: inherited[name] for name in ("fit", "validate", "test")}
         return {**commands, "cache_reference": {"model", "datamodule"}}
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> Any:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand in ("validate", "test"):
+            parser.set_defaults({"verbose": False})  # the report has the numbers
+        return parser
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: Lightning would merge a checkpoint's hyper-parameters over the flags."""
@@ -169,9 +188,10 @@ class GiftCLI(LightningCLI):
                 mine.append(ModelCheckpoint(f"{root}/checkpoints", save_last="link"))
             if config.get("enable_progress_bar") in (None, True):
                 mine.append(RichProgressBar(leave=False))
-            mine += [ExportHF(), Report()]
+            mine.append(ExportHF())
         elif config.get("logger") is None:
             config["logger"] = False
+        mine.append(Report())
         config["callbacks"] = mine
         return super()._instantiate_trainer(config, callbacks)
 
@@ -194,9 +214,15 @@ def main(args: Sequence[str] | None = None) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
     try:
-        for flag, path in pairwise(words):
+        if words[:1] in (["ablate"], ["compare"]):
+            from gift_lightning import ablate, compare  # they import this module
+
+            (ablate if words[0] == "ablate" else compare).main(words[1:])
+            return
+        for word, after in pairwise([*words, ""]):
+            flag, _, path = word.partition("=")
             if flag in ("-c", "--config"):
-                refuse_repeated_keys(path)
+                refuse_repeated_keys(path or after)
         GiftCLI(words)
     except Exception as error:
         ours = own_error(error)

@@ -33,7 +33,9 @@ class Collector:
         tokenizer: the policy's.
         advantage_scale: what advantages are divided by.
         max_resamples: rounds of new prompts for groups without signal.
-        mask_truncated: whether completions without an end token are not trained.
+        mask_truncated: whether completions without an end token count in nothing.
+        only_signal: whether completions without advantage need no training, as there is neither a
+            KL term nor an entropy bonus.
         timeout: seconds that one reward may take for one completion.
         num_workers: processes that score.
     """
@@ -47,12 +49,14 @@ class Collector:
         advantage_scale: Scale = "group",
         max_resamples: int = 0,
         mask_truncated: bool = False,
+        only_signal: bool = False,
         timeout: float = 5.0,
         num_workers: int | None = None,
     ) -> None:
         self.engine, self.sampling, self.rewards = engine, sampling, rewards
         self.tokenizer, self.advantage_scale = tokenizer, advantage_scale
         self.max_resamples, self.mask_truncated = max_resamples, mask_truncated
+        self.only_signal = only_signal
         self.pool = RewardPool(rewards, num_workers, timeout)
 
     def collect(
@@ -78,6 +82,8 @@ class Collector:
         completions = [completion for group, _ in groups for completion in group]
         finished = torch.tensor([completion.finished for completion in completions])
         size = data.num_generations
+        advantages = group_advantages(rewards, scale=self.advantage_scale).flatten()
+        counted = finished if self.mask_truncated else torch.ones_like(finished)
         experience = Experience(
             ticket.rollout,
             *flat([data.prompt_ids[i] for i in prompts for _ in range(size)], torch.int64),
@@ -85,11 +91,13 @@ class Collector:
             flat([completion.logprobs for completion in completions], torch.float32)[0],
             finished,
             rewards.flatten(),
-            group_advantages(rewards, scale=self.advantage_scale).flatten(),
-            finished if self.mask_truncated else torch.ones_like(finished),
+            advantages,
+            counted,
+            counted & (advantages != 0) if self.only_signal else counted,
         )
         scores = [one for _, group in groups for one in group]
         metrics = {**_lengths(experience), **self._reward_metrics(rewards, scores)}
+        metrics["entropy"] = float(-experience.sampler_logp.mean())  # unbiased at top_p = 1
         return experience, {**metrics, "num_resampled": float(num_resampled)}
 
     def _sample(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from gift_lightning.collate import Batch, collate
@@ -34,8 +34,11 @@ class Experience:
     rewards: Float[Tensor, " c"]
     """Weighted sums; NaN where not scorable."""
     advantages: Float[Tensor, " c"]
+    counted: Bool[Tensor, " c"]
+    """Whether the completion's tokens count in what the loss is divided by: all, or all but
+    truncated ones."""
     trained: Bool[Tensor, " c"]
-    """Whether the completion's tokens count in the loss (all, or all but truncated ones)."""
+    """Whether they get a gradient at all; the others are never read by the policy."""
     old_logp: Float[Tensor, " all_tokens"] | None = None
     """Log-probabilities under the policy that sampled, scored by the trainer; None while the first
     step's own are those."""
@@ -47,18 +50,18 @@ class Experience:
         """Tokens of prompt and completion."""
         return self.prompt_lengths + self.completion_lengths
 
-    def num_targets(self) -> Int[Tensor, " c"]:
-        """Tokens of each completion that count in the loss."""
-        return torch.where(self.trained, self.completion_lengths, 0)
+    def num_tokens(self, which: Bool[Tensor, " c"]) -> Int[Tensor, " c"]:
+        """Sampled tokens of each completion of some, 0 for the others."""
+        return torch.where(which, self.completion_lengths, 0)
 
     def batch(self, part: MicroBatch, pad_id: int, packing: bool) -> Batch:
-        """The micro-batch of some completions; labels are the completions that are trained."""
+        """The micro-batch of some completions, of which every sampled token is supervised."""
         prompts, completions = _split(self.prompt_ids, self.prompt_lengths), self.completions()
         examples = []
         for i in part.sample_ids:
             ids = torch.cat([prompts[i], completions[i]])
             labels = ids.clone()
-            labels[: len(prompts[i]) if self.trained[i] else len(ids)] = IGNORED
+            labels[: len(prompts[i])] = IGNORED
             examples.append((ids, labels))
         return collate(examples, part, pad_id, packing)
 
@@ -66,21 +69,18 @@ class Experience:
         return _split(self.completion_ids, self.completion_lengths)
 
     def token_values(
-        self, batch: Batch, values: Float[Tensor, " all_tokens"]
-    ) -> Float[Tensor, " n"]:
+        self, batch: Batch, values: Shaped[Tensor, " all_tokens"]
+    ) -> Shaped[Tensor, " n"]:
         """Values of all completions' tokens, at the supervised tokens of a batch, in order."""
         parts = _split(values, self.completion_lengths)
-        chosen = [parts[i] for i in self._trained_in(batch)]
+        chosen = [parts[i] for i in batch["sample_ids"].tolist()]
         return torch.cat([values[:0], *chosen]).to(batch["labels"].device)
 
     def completion_values(self, batch: Batch, values: Float[Tensor, " c"]) -> Float[Tensor, " n"]:
         """Values of the completions, at each of their supervised tokens in a batch."""
-        chosen = torch.tensor(self._trained_in(batch), dtype=torch.int64)
+        chosen = batch["sample_ids"].cpu()
         spread = values[chosen].repeat_interleave(self.completion_lengths[chosen])
         return spread.to(batch["labels"].device)
-
-    def _trained_in(self, batch: Batch) -> list[int]:
-        return [i for i in batch["sample_ids"].tolist() if self.trained[i]]
 
 
 def flat(sequences: Sequence[Sequence[Any]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """GRPO and its family: rollouts, verifiable rewards, group advantages, a clipped policy loss."""
 
 import time
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -14,7 +15,6 @@ from gift_lightning.collate import Batch
 from gift_lightning.collector import Collector
 from gift_lightning.experience import Experience
 from gift_lightning.means import Means
-from gift_lightning.models import base_model
 from gift_lightning.modes import scoring
 from gift_lightning.module import PolicyModule
 from gift_lightning.order import MicroBatch
@@ -125,25 +125,26 @@ class GRPO(PolicyModule):
         self.rewards = build_rewards(rewards)
         super().__init__(model, reference, optimizer, schedule, tokenizer, max_skipped_steps)
         self.objective, self.entropy_weight = objective, entropy_weight
-        self.sampling = Sampling(max_completion_length, temperature, top_p, self._end_ids())
+        self._sampling = Sampling(max_completion_length, temperature, top_p)
         self.correction, self.correction_cap = correction, correction_cap
         self.engine, self.chunk_size = engine, chunk_size
         self._collector_options: dict[str, Any] = {
             "advantage_scale": advantage_scale,
             "max_resamples": max_resamples,
             "mask_truncated": mask_truncated,
+            "only_signal": not (kl_weight or entropy_weight),
             "timeout": reward_timeout,
             "num_workers": reward_workers,
         }
         self._collector: Collector | None = None
         self._experience: Experience | None = None
         self._batch: Batch | None = None
+        self._count = 0  # sampled tokens that the loss is divided by
         self._means = Means()
 
-    def _end_ids(self) -> tuple[int, ...]:
-        ends = base_model(self.model).generation_config.eos_token_id
-        ends = [ends] if isinstance(ends, int) else list(ends or [])
-        return tuple(dict.fromkeys([self.tokenizer.eos_token_id, *ends]))
+    @property
+    def sampling(self) -> Sampling:
+        return replace(self._sampling, end_ids=tuple(self.end_ids))
 
     @property
     def data(self) -> PromptData:
@@ -165,6 +166,11 @@ class GRPO(PolicyModule):
         for module in self.policy.modules():  # without dropout; checkpointing needs train mode
             module.training = bool(getattr(module, "gradient_checkpointing", False))
 
+    @property
+    def about(self) -> str:
+        names = ", ".join(reward.name for reward in self.rewards)
+        return f"GRPO ({self.objective.loss}) on {names}"
+
     # One rollout.
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -172,11 +178,16 @@ class GRPO(PolicyModule):
         world, rank = self.trainer.world_size, self.global_rank
         if self._experience is None or self._experience.number != ticket.rollout:
             self._experience = self._collected(ticket)
-        part, window = data.micro_batch(ticket, self._experience, world, rank)
-        without = not (self.objective.kl_weight or self.entropy_weight)
-        if without and not self._experience.advantages[window].any():
-            part = MicroBatch((), 0, len(window))  # a step without any signal is not taken
-        self._batch = self._transferred(self._experience, part)
+        experience = self._experience
+        window = torch.from_numpy(data.window(ticket, len(experience)))
+        part = torch.tensor(data.part(ticket, experience, world, rank), dtype=torch.int64)
+        counted = experience.num_tokens(experience.counted)
+        # bnpo is by definition a mean over the micro-batch.
+        self._count = int(counted[part if self.objective.loss == "bnpo" else window].sum())
+        trained = experience.num_tokens(experience.trained)[window]
+        ids = part[experience.trained[part]].tolist()
+        micro_batch = MicroBatch(tuple(ids), int(trained.sum()), len(window))
+        self._batch = self._transferred(experience, micro_batch)
         super().on_train_batch_start(self._batch, batch_idx)
 
     def _collected(self, ticket: Ticket) -> Experience:
@@ -197,7 +208,7 @@ class GRPO(PolicyModule):
         return experience
 
     def _transferred(self, experience: Experience, part: MicroBatch) -> Batch:
-        batch = experience.batch(part, self.sampling.end_ids[0], self.data.packing)
+        batch = experience.batch(part, self.end_ids[0], self.data.packing)
         moved: Batch = self.transfer_batch_to_device(batch, self.device, 0)
         return moved
 
@@ -207,13 +218,14 @@ class GRPO(PolicyModule):
         the work."""
         out = torch.zeros_like(experience.sampler_logp, device=self.device)
         places = torch.arange(len(out))
-        by_length = experience.lengths().argsort(descending=True).tolist()
-        mine = by_length[self.global_rank :: self.trainer.world_size]
+        by_length = experience.lengths().argsort(descending=True)
+        trained = by_length[experience.trained[by_length]].tolist()
+        mine = trained[self.global_rank :: self.trainer.world_size]
         with scoring(self.model):
             for start in range(0, len(mine), self.data.batch_size):
                 ids = tuple(mine[start : start + self.data.batch_size])
                 batch = self._transferred(experience, MicroBatch(ids, 0, 0))
-                logp, _ = self.policy.token_logp(batch, self.sampling.temperature, self.chunk_size)
+                logp, _ = self.policy.token_logp(batch, self._sampling.temperature, self.chunk_size)
                 out[experience.token_values(batch, places)] = logp.to(out.dtype)
         summed = self.trainer.strategy.reduce(out, reduce_op="sum")
         return torch.as_tensor(summed).cpu()
@@ -223,7 +235,7 @@ class GRPO(PolicyModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         experience, batch = self._experience, self._batch
         assert experience is not None and batch is not None
-        logp, entropy = self.policy.token_logp(batch, self.sampling.temperature, self.chunk_size)
+        logp, entropy = self.policy.token_logp(batch, self._sampling.temperature, self.chunk_size)
         _, sequences = supervised_sequences(batch).unique_consecutive(return_inverse=True)
         if experience.old_logp is None:
             old_logp = logp.detach()
@@ -239,25 +251,24 @@ class GRPO(PolicyModule):
             ref_logp=self._reference_logp(batch),
             importance=self._importance(old_logp - sampler_logp, sequences),
         )
-        local = self.objective.loss == "bnpo"  # by definition the mean over the micro-batch
-        count = len(logp) if local else batch["step_tokens"]
+        local = self.objective.loss == "bnpo"
         weights = token_weights(
             self.objective,
             sequences,
-            count,
+            self._count,
             batch["step_sequences"],
-            self.sampling.max_completion_length,
+            self._sampling.max_completion_length,
         ).to(logp.dtype)
         total = ((tokens.loss - self.entropy_weight * entropy) * weights).sum()
         share = total / (self.trainer.accumulate_grad_batches * self.trainer.world_size)
         self.note_micro_batch(batch, share if local else total)
-        self._note_tokens(tokens, entropy.detach(), old_logp - sampler_logp)
+        self._note_tokens(tokens, old_logp - sampler_logp)
         return total if local else self.share_of_step(total)
 
     def _reference_logp(self, batch: Batch) -> Tensor | None:
         if self.reference is None or not (self.objective.kl_weight or self.is_logged_step):
             return None
-        return self.reference.label_logp(self.policy, batch, self.sampling.temperature)
+        return self.reference.label_logp(self.policy, batch, self._sampling.temperature)
 
     def _importance(self, difference: Tensor, sequences: Tensor) -> Tensor | None:
         """Trainer over engine: [n] factors on the policy's loss, or None where they agree."""
@@ -271,11 +282,10 @@ class GRPO(PolicyModule):
             return ratio.clamp(max=self.correction_cap)
         return torch.where(ratio <= self.correction_cap, ratio, 0.0)
 
-    def _note_tokens(self, tokens: TokenLosses, entropy: Tensor, difference: Tensor) -> None:
+    def _note_tokens(self, tokens: TokenLosses, difference: Tensor) -> None:
         clipped = tokens.low_clipped | tokens.high_clipped
         values = {
             "policy_loss": tokens.loss.detach(),
-            "entropy": entropy,
             "clip_ratio/low_mean": tokens.low_clipped,
             "clip_ratio/high_mean": tokens.high_clipped,
             "clip_ratio/region_mean": clipped,
@@ -286,7 +296,7 @@ class GRPO(PolicyModule):
             values["kl"] = tokens.kl
         for name, value in values.items():
             self._means.add(name, float(value.double().sum()), len(value))
-        if len(entropy):
+        if len(difference):
             self._means.raise_to("importance_ratio/max", float(tokens.ratio.max()))
             self._means.raise_to(
                 "sampling/sampling_logp_difference/max", float(difference.abs().max())

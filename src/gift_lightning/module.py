@@ -78,6 +78,11 @@ class PolicyModule(pl.LightningModule):
         return self.policy.model
 
     @property
+    def about(self) -> str:
+        """What is trained, in a few words."""
+        return type(self).__name__
+
+    @property
     def vocab_size(self) -> int:
         """Rows of the head; token ids must be below."""
         return len(self.policy.head.weight)
@@ -238,6 +243,20 @@ class PolicyModule(pl.LightningModule):
         self._last_log += time.perf_counter() - self._paused  # validation is not training time
         self.check_reference()
 
+    # `gift test` is validation, of the data module's `test_dataloader`.
+
+    def test_step(self, *args: Any) -> Any:
+        return self.validation_step(*args)
+
+    def on_test_start(self) -> None:
+        self.on_validation_start()
+
+    def on_test_epoch_end(self) -> None:
+        self.on_validation_epoch_end()
+
+    def on_test_end(self) -> None:
+        self.on_validation_end()
+
     def on_train_end(self) -> None:
         self.check_reference()
 
@@ -288,21 +307,22 @@ class PolicyModule(pl.LightningModule):
         if isinstance(model, PeftModel) and not getattr(base, "can_be_loaded_again", True):
             model = copy.deepcopy(model).merge_and_unload()
         model.save_pretrained(folder)
-        generation = copy.deepcopy(base.generation_config)
-        ends = generation.eos_token_id
-        ends = [ends] if isinstance(ends, int) else list(ends or [])
-        ends += [self.tokenizer.eos_token_id, *self._learned_ends()]
-        ends = list(dict.fromkeys(ends))
+        generation, ends = copy.deepcopy(base.generation_config), self.end_ids
         generation.eos_token_id = ends[0] if len(ends) == 1 else ends
         generation.save_pretrained(folder)
 
-    def _learned_ends(self) -> list[int]:
-        """Special tokens that end the training samples, such as the end of a chat turn."""
-        data = getattr(self.trainer, "datamodule", None)
-        if data is None or not hasattr(data, "train_examples"):
-            return []
-        special = set(self.tokenizer.all_special_ids)
-        return [i for i in data.train_examples.last_learned() if i in special]
+    @property
+    def end_ids(self) -> list[int]:
+        """What ends a completion: the model's own end tokens, the tokenizer's, and those that end
+        the training samples, such as the end of a chat turn."""
+        own = base_model(self.model).generation_config.eos_token_id
+        ends = [own] if isinstance(own, int) else list(own or [])
+        ends.append(self.tokenizer.eos_token_id)
+        data = getattr(self._trainer, "datamodule", None)
+        if data is not None and hasattr(data, "train_examples"):
+            special = set(self.tokenizer.all_special_ids)
+            ends += [i for i in data.train_examples.last_learned() if i in special]
+        return list(dict.fromkeys(i for i in ends if i is not None))
 
 
 class _Step:

@@ -21,6 +21,10 @@ class PositionedData(pl.LightningDataModule):
     def identity(self) -> dict[str, str | int]:
         """What the order of the data depends on, by the name that a user knows it by."""
 
+    def test_dataloader(self) -> Any:
+        """What `gift test` measures: by default the validation sets."""
+        return self.val_dataloader()
+
     def state_dict(self) -> dict[str, Any]:
         """The position in the data: the epoch and its micro-batches already trained."""
         if self.trainer is None or self.sampler is None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gift_lightning.examples import Ledger
 from gift_lightning.experience import Experience
-from gift_lightning.order import MicroBatch, Resumable, deal, permutation
+from gift_lightning.order import Resumable, deal, permutation
 from gift_lightning.position import PositionedData
 from gift_lightning.problems import Problem, Problems, prompt_tokens
 from gift_lightning.records import Rejected
@@ -221,16 +221,20 @@ class PromptData(PositionedData):
         order = permutation(len(self.problems), self.seed, "replacements", rollout).tolist()
         return [i for i in order if i not in tried][:num]
 
-    def micro_batch(
-        self, ticket: Ticket, experience: Experience, world: int, rank: int
-    ) -> tuple[MicroBatch, np.ndarray]:
-        """The completions that a rank trains on in a ticket, and those of the whole step."""
+    def window(self, ticket: Ticket, num_completions: int) -> np.ndarray:
+        """The completions of a ticket's optimizer step, of all ranks: the same for any number of
+        them."""
         assert self.sampler is not None
         key = f"{ticket.rollout}/{ticket.iteration}"
-        order = permutation(len(experience), self.seed, "completions", key)
+        order = permutation(num_completions, self.seed, "completions", key)
         size = self.sampler.samples_per_step
-        window = order[ticket.step * size : (ticket.step + 1) * size]
-        lengths, targets = experience.lengths().numpy(), experience.num_targets().numpy()
+        return order[ticket.step * size : (ticket.step + 1) * size]
+
+    def part(
+        self, ticket: Ticket, experience: Experience, world: int, rank: int
+    ) -> tuple[int, ...]:
+        """The completions of a ticket's micro-batch on one rank."""
+        window = self.window(ticket, len(experience))
+        lengths = experience.lengths().numpy()
         longest_first = window[np.argsort(-lengths[window], kind="stable")]
-        mine = deal(longest_first, self.batch_size, world, rank)[ticket.part]
-        return MicroBatch(mine, int(targets[window].sum()), len(window)), window
+        return deal(longest_first, self.batch_size, world, rank)[ticket.part]

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gift_lightning.collate import Batch
 from gift_lightning.distribution import Distribution
-from gift_lightning.head import Head, ProjectedRows, ReferenceRows
+from gift_lightning.head import ProjectedRows, ReferenceRows
 from gift_lightning.models import DType, causal_lm, load_tokenizer
 from gift_lightning.modes import adapter_off, scoring
 from gift_lightning.policy import Policy, supervised_labels
@@ -104,10 +104,7 @@ def require_intact_base(policy: Policy) -> None:
 
 
 def _projected(policy: Policy, batch: Batch) -> ProjectedRows:
-    head = policy.head
-    bias = None if head.bias is None else head.bias.detach()
-    frozen = Head(head.weight.detach(), bias, head.scale, head.softcap)
-    return ProjectedRows(policy.hidden(batch), frozen)
+    return ProjectedRows(policy.hidden(batch), policy.head.detached())
 
 
 class FrozenCopy(Reference):

@@ -71,12 +71,13 @@ class Report(Callback):
         self.before: dict[str, float] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, PolicyModule)
         if trainer.is_global_zero:
             self._rejected(trainer)
             trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
             total = sum(p.numel() for p in pl_module.parameters())
             Console().print(
-                f"{type(pl_module).__name__} towards {getattr(pl_module, 'target', '')}: "
+                f"{pl_module.about}: "
                 f"{trained:,} of {total:,} parameters, "
                 f"{int(trainer.estimated_stepping_batches)} steps"
             )
@@ -93,6 +94,9 @@ class Report(Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn == TrainerFn.VALIDATING:
             self._end(trainer, "", "Validation")
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._end(trainer, "", "Test")
 
     def _end(self, trainer: pl.Trainer, when: str, title: str) -> None:
         if not trainer.is_global_zero:

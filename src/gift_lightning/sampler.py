@@ -121,7 +121,7 @@ class Sampler:
 
     def _generate(self, name: str, places: Sequence[int], module: Any) -> list[list[Completion]]:
         """Completions of the problems at these places: all that is asked of an engine."""
-        settings, ends, pad = self.settings, end_tokens(module), module.tokenizer.pad_token_id
+        settings, ends, pad = self.settings, module.end_ids, module.tokenizer.pad_token_id
         return generate(
             module.model,
             [self._prompts[name][i] for i in places],
@@ -144,11 +144,3 @@ def _gathered(rows: list[Row], world_size: int) -> list[Row]:
     parts: list[Any] = [None] * world_size
     torch.distributed.all_gather_object(parts, rows)
     return sorted(chain.from_iterable(parts), key=lambda row: row["problem"])
-
-
-def end_tokens(module: Any) -> list[int]:
-    """What ends a completion: the tokenizer's end token, the model's, and those it is taught."""
-    own = module.model.generation_config.eos_token_id
-    ends = [own] if isinstance(own, int) else list(own or [])
-    taught: list[int] = getattr(module, "_learned_ends", list)()
-    return list(dict.fromkeys([module.tokenizer.eos_token_id, *ends, *taught]))

@@ -72,6 +72,10 @@ class SFT(PolicyModule):
         self._train_means = TokenMeans()
         self._val_means: list[TokenMeans] = []
 
+    @property
+    def about(self) -> str:
+        return f"{type(self).__name__} towards {self.target}"
+
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if self.old_policy is not None:
