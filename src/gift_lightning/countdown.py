@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple, TypeAlias
 from gift_lightning.seeds import keyed_seed
 
 Split = Literal["train", "demonstration", "validation", "test"]
-Kind = Literal["any", "in", "out"]
+Kind = Literal["any", "in", "out", "drawn"]
 
 
 class Operation(NamedTuple):
@@ -207,6 +207,15 @@ def render(tree: Tree, every: bool = False) -> str:
     return a + operator + b
 
 
+def random_tree(rng: random.Random, numbers: list[int]) -> Tree:
+    """A random expression of all the numbers, each cut and operator with equal probability."""
+    if len(numbers) == 1:
+        return numbers[0]
+    cut = rng.randint(1, len(numbers) - 1)
+    operator = rng.choice(OPERATORS)
+    return Operation(operator, random_tree(rng, numbers[:cut]), random_tree(rng, numbers[cut:]))
+
+
 # Problems
 
 
@@ -236,19 +245,34 @@ def problems(split: Split, n: int, seed: int = 0, kind: Kind = "any") -> list[Pr
 
     Args:
         kind: ``in``: solvable with + and - alone, as the demonstrations are; ``out``: solvable only
-            with a ``*``; ``any``.
+            with a ``*``; ``any``: each with equal probability; ``drawn``: as often as random
+            expressions have its value, which is what the base model was pretrained on.
 
     Raises:
         ValueError: the split has fewer problems of this kind.
     """
-    universe = _universe(split, kind)
+    universe = _universe(split, "any" if kind == "drawn" else kind)
     if n > len(universe):
         raise ValueError(
             f"Countdown has {len(universe)} problems of kind {kind!r} in the {split} split, "
             f"fewer than the {n} asked for: ask for fewer."
         )
     rng = random.Random(keyed_seed(seed, "countdown problems", split, kind))
+    if kind == "drawn":
+        return _drawn(rng, split, n)
     return [
         Problem(tuple(rng.sample(numbers, COUNT)), target)
         for numbers, target in rng.sample(universe, n)
     ]
+
+
+def _drawn(rng: random.Random, split: Split, n: int) -> list[Problem]:
+    found: dict[tuple[tuple[int, ...], int], Problem] = {}
+    while len(found) < n:
+        numbers = [rng.randint(1, LARGEST) for _ in range(COUNT)]
+        parsed = parse(render(random_tree(rng, numbers)))
+        assert parsed is not None
+        if (target := parsed[0]) in TARGETS and split_of(numbers, target) == split:
+            key = (tuple(sorted(numbers)), target)
+            found.setdefault(key, Problem(tuple(rng.sample(numbers, COUNT)), target))
+    return list(found.values())

@@ -15,12 +15,11 @@ from gift_lightning.countdown import (
     OPERATORS,
     TARGETS,
     Kind,
-    Operation,
     Problem,
     Split,
-    Tree,
     parse,
     problems,
+    random_tree,
     render,
     solutions,
     split_of,
@@ -62,7 +61,7 @@ def pretraining(n: int, seed: int = 0, wrong: float = 0.3) -> list[tuple[str, st
     pairs: list[tuple[str, str]] = []
     while len(pairs) < n:
         numbers = [rng.randint(1, LARGEST) for _ in range(COUNT)]
-        tree = _random_tree(rng, numbers)
+        tree = random_tree(rng, numbers)
         text = render(tree, every=rng.random() < 0.2)
         parsed = parse(text)
         assert parsed is not None
@@ -77,14 +76,6 @@ def pretraining(n: int, seed: int = 0, wrong: float = 0.3) -> list[tuple[str, st
         shown = Problem(tuple(rng.sample(numbers, COUNT)), target)
         pairs.append((shown.prompt, form.format(text, target=target)))
     return pairs
-
-
-def _random_tree(rng: random.Random, numbers: list[int]) -> Tree:
-    if len(numbers) == 1:
-        return numbers[0]
-    cut = rng.randint(1, len(numbers) - 1)
-    operator = rng.choice(OPERATORS)
-    return Operation(operator, _random_tree(rng, numbers[:cut]), _random_tree(rng, numbers[cut:]))
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

@@ -172,7 +172,8 @@ class CountdownProblems(Problems):
 
     Args:
         split: train, demonstration, validation or test; no two share a problem.
-        kind: in (solvable with + and -), out (only with a *), or any.
+        kind: in (solvable with + and -), out (only with a *), any, or drawn (as often as random
+            expressions have their value).
         size: how many.
         seed: which of them, and the order of their numbers.
     """

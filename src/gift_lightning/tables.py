@@ -1,0 +1,55 @@
+"""Tables that say the same on a terminal, in Markdown and in HTML."""
+
+import math
+from dataclasses import dataclass, field
+
+from rich.box import SIMPLE
+from rich.table import Table as RichTable
+from rich.text import Text
+
+
+@dataclass(frozen=True)
+class Cell:
+    text: str
+    real: bool = False
+    """A difference that is not explained by chance: shown in bold."""
+
+
+@dataclass
+class Table:
+    title: str
+    heads: list[str]
+    rows: list[list[Cell]] = field(default_factory=list)
+
+    def add(self, *cells: str | Cell) -> None:
+        assert len(cells) == len(self.heads)
+        self.rows.append([x if isinstance(x, Cell) else Cell(x) for x in cells])
+
+    def rich(self) -> RichTable:
+        table = RichTable(title=Text(self.title), box=SIMPLE, title_justify="left")
+        for i, head in enumerate(self.heads):
+            table.add_column(Text(head), justify="right" if i else "left")
+        for row in self.rows:
+            lines = ((x.text.replace(", ", "\n"), x.real) for x in row)
+            table.add_row(*(Text(text, "bold green" if real else "") for text, real in lines))
+        return table
+
+    def markdown(self) -> str:
+        rule = ["---", *["---:"] * (len(self.heads) - 1)]
+        rows = [[f"**{x.text}**" if x.real else x.text for x in row] for row in self.rows]
+        lines = [[x.replace("|", "\\|") for x in row] for row in [self.heads, rule, *rows]]
+        return f"**{self.title}**\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in lines)
+
+
+def plus_minus(mean: float, half: float = math.nan, sign: bool = False) -> str:
+    """A mean with the half-width of its interval (NaN: none), three decimals or two digits."""
+    largest = max(abs(mean), 0.0 if math.isnan(half) else half)
+    form = ".1e" if 0 < largest < 0.0005 else ".3f"
+    if form == ".3f":
+        mean = round(mean, 3) + 0.0  # no -0.000
+    text = f"{mean:{'+' if sign else ''}{form}}" + ("" if math.isnan(half) else f" ± {half:{form}}")
+    return text.replace("-", "−")
+
+
+def chance(p: float) -> str:
+    return "no test" if math.isnan(p) else "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
