@@ -1,7 +1,6 @@
 """From prompts to experience: completions are sampled, scored and compared within their groups."""
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 import torch.distributed
@@ -16,8 +15,9 @@ from gift_lightning.problems import Problem
 from gift_lightning.prompts import PromptData, Ticket
 from gift_lightning.rewards import WeightedReward
 from gift_lightning.rollouts import RolloutEngine, Sampling
+from gift_lightning.sampler import request
 from gift_lightning.seeds import keyed_seed
-from gift_lightning.workers import Request, RewardPool, Scored
+from gift_lightning.workers import RewardPool, Scored
 
 Group = tuple[list[Completion], list[Scored]]
 """The completions of one prompt, and their scores."""
@@ -131,15 +131,13 @@ class Collector:
         self, problems: Sequence[Problem], sampled: Sequence[Sequence[Completion]]
     ) -> list[list[Scored]]:
         """The scores of each problem's completions."""
-        requests = []
-        for problem, group in zip(problems, sampled, strict=True):
-            columns = {**problem.columns, "prompt": problem.prompt}
-            columns["max_completion_length"] = self.sampling.max_completion_length
-            for completion in group:
-                ids = completion.tokens[: -1 if completion.finished else None]
-                text = cast(str, self.tokenizer.decode(ids, skip_special_tokens=True))
-                requests.append(Request(text, completion.tokens, columns))
-        found = iter(self.pool.score(requests))
+        limit = self.sampling.max_completion_length
+        asked = [
+            request(problem, completion, self.tokenizer, limit)
+            for problem, group in zip(problems, sampled, strict=True)
+            for completion in group
+        ]
+        found = iter(self.pool.score(asked))
         return [[next(found) for _ in group] for group in sampled]
 
     def _rewards(self, groups: Sequence[Group]) -> Float[Tensor, "prompts group"]:

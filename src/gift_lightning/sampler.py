@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed
 from lightning.pytorch import Trainer
+from transformers import PreTrainedTokenizerBase
 
 from gift_lightning.completions import Row
 from gift_lightning.generation import Completion, generate
@@ -97,17 +98,16 @@ class Sampler:
         rows: list[Row] = []
         requests: list[Request] = []
         for i, group in zip(mine, self._generate(name, mine, module), strict=True):
-            prompt, columns = problems[i].prompt, problems[i].columns
-            columns = {**columns, "prompt": prompt}
-            columns["max_completion_length"] = self.settings.max_new_tokens
             for completion in group:
-                ids = completion.tokens[: -1 if completion.finished else None]
-                text = str(module.tokenizer.decode(ids, skip_special_tokens=True))
-                requests.append(Request(text, completion.tokens, columns))
-                rows.append({"set": name, "problem": i, "prompt": prompt_text(prompt)})
-                rows[-1] |= {"completion": text, "truncated": not completion.finished}
+                limit = self.settings.max_new_tokens
+                asked = request(problems[i], completion, module.tokenizer, limit)
+                requests.append(asked)
+                rows.append({"set": name, "problem": i})
+                rows[-1] |= {"prompt": prompt_text(problems[i].prompt)}
+                rows[-1] |= {"completion": asked.completion, "truncated": not completion.finished}
                 said = self.answer is not None and completion.finished
-                rows[-1]["answer"] = self.answer(text, **columns) if said else None
+                text = asked.completion
+                rows[-1]["answer"] = self.answer(text, **asked.columns) if said else None
         for row, scored in zip(rows, self._pool.score(requests), strict=True):
             row["reward"] = self._pool.total(scored)
             # Weights such as 0.7, 0.2 and 0.1 sum up to a little less than 1.
@@ -135,6 +135,20 @@ class Sampler:
             batch_size=settings.batch_size,
             keys=places,
         )
+
+
+def request(
+    problem: Problem,
+    completion: Completion,
+    tokenizer: PreTrainedTokenizerBase,
+    max_completion_length: int,
+) -> Request:
+    """What rewards are asked about a completion: its text, without the end token."""
+    ids = completion.tokens[: -1 if completion.finished else None]
+    text = str(tokenizer.decode(ids, skip_special_tokens=True))
+    columns = {**problem.columns, "prompt": problem.prompt}
+    columns["max_completion_length"] = max_completion_length
+    return Request(text, completion.tokens, columns)
 
 
 def _gathered(rows: list[Row], world_size: int) -> list[Row]:
