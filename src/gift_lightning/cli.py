@@ -62,7 +62,8 @@ _DEFAULTS: dict[str, Any] = {
 
 _MORE = (
     "Also: `gift ablate FILE` runs arms × seeds × stages of an experiment; `gift compare RUN...` "
-    "tells which of their differences are real."
+    "tells which of their differences are real; `gift evaluate RUN --backend lm_eval` runs "
+    "lm-evaluation-harness on a finished run."
 )
 
 
@@ -214,10 +215,10 @@ def main(args: Sequence[str] | None = None) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
     try:
-        if words[:1] in (["ablate"], ["compare"]):
-            from gift_lightning import ablate, compare  # they import this module
+        if words[:1] in (["ablate"], ["compare"], ["evaluate"]):
+            from gift_lightning import ablate, compare, evaluate  # they import this module
 
-            (ablate if words[0] == "ablate" else compare).main(words[1:])
+            {"ablate": ablate, "compare": compare, "evaluate": evaluate}[words[0]].main(words[1:])
             return
         for word, after in pairwise([*words, ""]):
             flag, _, path = word.partition("=")
