@@ -574,7 +574,7 @@ def test_bad_settings(changes):
             {"sets": {"countdown": CountdownProblems(size=2)}},
             "countdown train any 0 has no column 'share', which the reward Share reads",
         ),
-        ({"max_new_tokens": 60}, "8 prompt tokens of mixed 0 and max_new_tokens=60 exceed .* 64"),
+        ({"max_new_tokens": 60}, "8 prompt tokens of mixed 0 and completions of up to 60 .* 64"),
         ({"chat": True}, "mixed 0: a chat prompt needs a chat template"),
     ],
 )

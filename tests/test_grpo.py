@@ -1,14 +1,19 @@
 """GRPO on Countdown: one step's gradient, inner epochs, resume, learning, refusals."""
 
+import gc
 import math
+import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from torch.optim import SGD, AdamW
+from transformers import OPTConfig, OPTForCausalLM
 
 from gift_lightning.grpo import GRPO
+from gift_lightning.means import Means
 from gift_lightning.models import causal_lm
 from gift_lightning.policy_loss import PolicyObjective
 from gift_lightning.problems import CountdownProblems, Problem, Problems
@@ -29,6 +34,13 @@ class Nothing(Reward):
         return None
 
 
+class Sometimes(Reward):
+    """Cannot score problems with an even target."""
+
+    def score(self, completion, target, **columns):
+        return float(len(completion) % 2) if target % 2 else None
+
+
 class Rare(Reward):
     """Only problems with an odd target have signal."""
 
@@ -46,7 +58,7 @@ def grpo(reward="Even", lr=1e-2, **options):
     options = {"max_completion_length": 16, "reward_workers": 1, **options}
     return GRPO(
         causal_lm("gift:countdown"),
-        [here(reward) if reward in ("Even", "Nothing", "Rare") else reward],
+        [here(reward) if reward in ("Even", "Nothing", "Rare", "Sometimes") else reward],
         optimizer=lambda p: SGD(p, lr=lr),
         **options,
     )
@@ -65,11 +77,11 @@ class Keep(pl.Callback):
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
         self.gradients.append([p.grad.clone() for p in module.parameters()])
-        if not self.experiences or self.experiences[-1] is not module._experience:
-            self.experiences.append(module._experience)
+        if not self.experiences or self.experiences[-1] is not module.experience:
+            self.experiences.append(module.experience)
 
     def on_before_zero_grad(self, trainer, module, optimizer):
-        self.metrics.append(dict(module._means._sums) | dict(module._means._largest))
+        self.metrics.append(dict(module.means._sums) | dict(module.means._largest))
 
 
 def fit(module, prompts, steps=1, folder=None, callbacks=(), ckpt_path=None, **options):
@@ -137,7 +149,7 @@ def test_completions_without_advantage_need_no_training():
     found = []
     for only_signal in (True, False):
         module = grpo("Rare", loss="dapo")
-        module._collector_options["only_signal"] = only_signal
+        module.collecting["only_signal"] = only_signal
         keep = fit(module, data(prompts_per_rollout=8, batch_size=32))
         x = keep.experiences[0]
         assert bool(x.trained.all()) is not only_signal and x.counted.all()
@@ -170,7 +182,7 @@ def test_several_steps_share_a_rollout_and_every_completion_is_trained_once():
             pass
 
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-            seen.append((batch.rollout, module._batch["sample_ids"].tolist()))
+            seen.append((batch.rollout, module.batch["sample_ids"].tolist()))
 
     fit(module, prompts, steps=16, callbacks=[Watch()], accumulate_grad_batches=2)
     assert [rollout for rollout, _ in seen] == [0] * 16 + [1] * 16
@@ -233,7 +245,7 @@ def test_groups_without_signal_are_replaced():
     def signal(**options):
         module = grpo("Rare", **options)
         keep = fit(module, data(prompts_per_rollout=4))
-        (count, _), groups = keep.metrics[0]["num_resampled"], keep.experiences[0].advantages
+        (count, _), groups = keep.metrics[0]["num_replaced_groups"], keep.experiences[0].advantages
         return int(groups.view(4, 4).any(1).sum()), count
 
     without, none = signal()
@@ -277,11 +289,96 @@ def test_it_learns():
 
     class Rewards(pl.Callback):
         def on_train_batch_end(self, trainer, module, *rest):
-            rewards.append(float(module._experience.rewards.mean()))
+            rewards.append(float(module.experience.rewards.mean()))
 
     fit(module, prompts, steps=80, callbacks=[Rewards()], gradient_clip_val=1.0)
     first, last = sum(rewards[:5]) / 5, sum(rewards[-10:]) / 10
     assert first < 0.2 and last > 0.25, (first, last)
+
+
+# --- what goes wrong in silence elsewhere -------------------------------------------------------
+
+
+def test_another_fit_samples_its_own_rollout():
+    module = grpo()
+    first = fit(module, data()).experiences[0]
+    assert module.experience is None and module.batch is None
+    second = fit(module, data()).experiences[0]
+    assert first.number == second.number == 0
+    assert not torch.equal(first.sampler_logp.exp(), second.sampler_logp.exp())
+
+
+def test_no_engine_outlives_its_module():
+    module = grpo()
+    fit(module, data())
+    model = weakref.ref(module.model)
+    del module
+    gc.collect()
+    assert model() is None
+
+
+def test_half_precision_scores_as_it_trains():
+    module = grpo()
+    keep = fit(module, data(num_iterations=2, batch_size=4), precision="bf16-mixed")
+    assert keep.metrics[0]["importance_ratio/max"] == 1.0
+
+
+def test_dropout_under_checkpointing_is_refused():
+    config = OPTConfig(
+        vocab_size=32, hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2,
+        word_embed_proj_dim=16, max_position_embeddings=64, dropout=0.5, eos_token_id=1,
+    )  # fmt: skip
+    model = OPTForCausalLM(config)
+    model.gradient_checkpointing_enable()
+    module = GRPO(model, [here("Even")], tokenizer="gift:countdown", max_completion_length=4)
+    with pytest.raises(ValueError, match="OPTForCausalLM applies dropout under gradient checkp"):
+        fit(module, data(packing=False))
+    assert not running_children()
+
+
+def running_children():
+    """Processes that this one started and that still run."""
+    listed = Path("/proc/self/task").glob("*/children")
+    return [child for task in listed for child in task.read_text().split()]
+
+
+def test_rewards_are_averaged_over_completions():
+    """Not over rollouts: one that cannot be scored weighs nothing, and its reasons their share."""
+    module = grpo("Sometimes")
+    keep = fit(module, data(prompts_per_rollout=4, batch_size=16), steps=3)
+    scored = torch.cat([x.rewards[~x.rewards.isnan()] for x in keep.experiences])
+    sums = keep.metrics[-1]
+    total, count = sums["reward"]
+    assert count == len(scored) < 48 and math.isclose(total, scored.sum().item())
+    missing, of = sums["rewards/Sometimes/not_scorable"]
+    assert (missing, of) == (48 - len(scored), 48)
+
+
+def test_the_log_counts_every_token_that_was_sampled():
+    module = grpo("Rare")
+    keep = fit(module, data(num_iterations=2, batch_size=8), steps=4)
+    (x,) = keep.experiences
+    assert not x.trained.all()
+    assert module._num_tokens == int(x.lengths().sum())
+
+
+def test_a_rollout_keeps_its_temperature(tmp_path):
+    saver = pl.callbacks.ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1)
+    fit(grpo(), data(num_iterations=2), 1, tmp_path, [saver])
+    (checkpoint,) = tmp_path.glob("*.ckpt")
+    with pytest.raises(ValueError, match=r"temperature 1\.0, and model.temperature is 0\.5"):
+        fit(grpo(temperature=0.5), data(num_iterations=2), 2, ckpt_path=str(checkpoint))
+
+
+def test_names_that_only_some_ranks_have_are_there_for_all():
+    means = Means()
+    means.add("loss", 3.0, 2)
+    means.raise_to("max", -math.inf)
+    assert means.take(lambda x, how: x) == {"loss": 1.5}
+    means.raise_to("max", 2.0)
+    means.raise_to("max", 1.0)
+    assert means.take(lambda x, how: x) == {"max": 2.0}
+    assert means.take(lambda x, how: x) == {}
 
 
 # --- refusals ---------------------------------------------------------------------------------
@@ -328,6 +425,11 @@ def test_a_missing_column_is_refused():
     prompts = PromptData(Bare(), prompts_per_rollout=4, num_generations=4, batch_size=16)
     with pytest.raises(ValueError, match="bare:0 has no column 'numbers'"):
         fit(grpo("Countdown"), prompts)
+
+
+def test_completions_beyond_the_models_positions_are_refused():
+    with pytest.raises(ValueError, match=r"exceed the model's \d+ positions"):
+        fit(grpo(max_completion_length=10_000), data())
 
 
 def test_objective_defaults_are_trls():

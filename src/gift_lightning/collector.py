@@ -1,6 +1,8 @@
 """From prompts to experience: completions are sampled, scored and compared within their groups."""
 
+from collections import Counter
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 import torch.distributed
@@ -17,9 +19,12 @@ from gift_lightning.rewards import WeightedReward
 from gift_lightning.rollouts import RolloutEngine, Sampling
 from gift_lightning.sampler import request
 from gift_lightning.seeds import keyed_seed
-from gift_lightning.workers import RewardPool, Scored
+from gift_lightning.workers import FAULTS, RewardPool, Scored
 
-Group = tuple[list[Completion], list[Scored]]
+Noted: TypeAlias = tuple[float, float]
+"""A sum, and how many things it is of."""
+
+Group: TypeAlias = tuple[list[Completion], list[Scored]]
 """The completions of one prompt, and their scores."""
 
 
@@ -61,23 +66,30 @@ class Collector:
 
     def collect(
         self, model: PreTrainedModel, data: PromptData, ticket: Ticket, world: int, rank: int
-    ) -> tuple[Experience, dict[str, float]]:
-        """Samples and scores the rollout of a ticket, and says how it went."""
+    ) -> tuple[Experience, dict[str, Noted]]:
+        """Samples and scores the rollout of a ticket.
+
+        Returns:
+            The experience, and how it went: sums and counts by name, of the completions as they
+            were sampled, before groups were replaced.
+        """
         self.engine.sync(model)
         prompts = list(ticket.prompts)
         groups = self._sample(data, ticket.rollout, 0, prompts, world, rank)
-        tried, num_resampled = set(prompts), 0
+        metrics = self._metrics(groups)
+        tried, num_replaced = set(prompts), 0
         for turn in range(1, self.max_resamples + 1):
             dead = (~has_signal(self._rewards(groups))).nonzero()[:, 0].tolist()
             fresh = data.replacements(ticket.rollout, tried, len(dead))
             if not fresh:
                 break
             tried.update(fresh)
-            num_resampled += len(fresh)
             found = self._sample(data, ticket.rollout, turn, fresh, world, rank)
             alive = has_signal(self._rewards(found)).nonzero()[:, 0].tolist()
             for place, i in zip(dead, alive, strict=False):
                 prompts[place], groups[place] = fresh[i], found[i]
+                num_replaced += 1
+        metrics["num_replaced_groups"] = (num_replaced, 1)
         rewards = self._rewards(groups)
         completions = [completion for group, _ in groups for completion in group]
         finished = torch.tensor([completion.finished for completion in completions])
@@ -95,10 +107,7 @@ class Collector:
             counted,
             counted & (advantages != 0) if self.only_signal else counted,
         )
-        scores = [one for _, group in groups for one in group]
-        metrics = {**_lengths(experience), **self._reward_metrics(rewards, scores)}
-        metrics["entropy"] = float(-experience.sampler_logp.mean())  # unbiased at top_p = 1
-        return experience, {**metrics, "num_resampled": float(num_resampled)}
+        return experience, metrics
 
     def _sample(
         self,
@@ -145,40 +154,45 @@ class Collector:
         totals = [[self.pool.total(one) for one in scores] for _, scores in groups]
         return torch.tensor(totals, dtype=torch.float64)
 
-    def _reward_metrics(self, rewards: Tensor, scores: Sequence[Scored]) -> dict[str, float]:
+    def _metrics(self, groups: Sequence[Group]) -> dict[str, Noted]:
+        rewards = self._rewards(groups)
         scored = rewards[~rewards.isnan()]
-        metrics = {
-            "reward": float(scored.mean()),
-            "reward_std": _std(rewards),
-            "frac_reward_zero_std": 1.0 - float(has_signal(rewards).double().mean()),
+        deviations = [group[~group.isnan()] for group in rewards]
+        stds = [float(group.std()) for group in deviations if len(group) > 1]
+        signal = has_signal(rewards)
+        metrics: dict[str, Noted] = {
+            "reward": _noted(scored),
+            "reward_std": (sum(stds), len(stds)),
+            "frac_reward_zero_std": (int((~signal).sum()), len(signal)),
         }
+        scores = [one for _, group in groups for one in group]
         for k, reward in enumerate(self.rewards):
             values = torch.tensor([one.values[k] for one in scores], dtype=torch.float64)
             kept = values[~values.isnan()]
-            metrics[f"rewards/{reward.name}/mean"] = float(kept.mean())
-            metrics[f"rewards/{reward.name}/std"] = float(kept.std()) if len(kept) > 1 else 0.0
-            for reason in {one.reasons[k] for one in scores} - {"scored"}:
-                share = sum(one.reasons[k] == reason for one in scores) / len(scores)
-                metrics[f"rewards/{reward.name}/{reason}"] = share
-        return metrics
+            metrics[f"rewards/{reward.name}/mean"] = _noted(kept)
+            if len(kept) > 1:
+                metrics[f"rewards/{reward.name}/std"] = (float(kept.std()), 1)
+            reasons = Counter(one.reasons[k] for one in scores)
+            for reason in FAULTS:
+                metrics[f"rewards/{reward.name}/{reason}"] = (reasons[reason], len(scores))
+        completions = [completion for group, _ in groups for completion in group]
+        lengths = torch.tensor([len(x.tokens) for x in completions], dtype=torch.float64)
+        finished = torch.tensor([x.finished for x in completions])
+        logp = torch.tensor([p for x in completions for p in x.logprobs], dtype=torch.float64)
+        for kind, some in {"length": lengths, "terminated_length": lengths[finished]}.items():
+            metrics[f"completions/mean_{kind}"] = _noted(some)
+            if len(some):
+                metrics[f"completions/min_{kind}"] = (float(some.min()), 1)
+                metrics[f"completions/max_{kind}"] = (float(some.max()), 1)
+        return {
+            **metrics,
+            "completions/clipped_ratio": _noted(~finished),
+            "entropy": _noted(-logp),  # unbiased at top_p = 1
+        }
 
     def close(self) -> None:
         self.pool.close()
 
 
-def _std(rewards: Tensor) -> float:
-    """Mean over groups of the std of their scored rewards."""
-    stds = [group[~group.isnan()].std() for group in rewards if (~group.isnan()).sum() > 1]
-    return float(torch.stack(stds).mean()) if stds else 0.0
-
-
-def _lengths(experience: Experience) -> dict[str, float]:
-    lengths, finished = experience.completion_lengths.double(), experience.finished
-    metrics = {"completions/clipped_ratio": 1.0 - float(finished.double().mean())}
-    kinds = {"length": lengths, "terminated_length": lengths[finished]}
-    for kind, some in kinds.items():
-        if len(some):
-            metrics[f"completions/mean_{kind}"] = float(some.mean())
-            metrics[f"completions/min_{kind}"] = float(some.min())
-            metrics[f"completions/max_{kind}"] = float(some.max())
-    return metrics
+def _noted(x: Tensor) -> Noted:
+    return float(x.double().sum()), len(x)

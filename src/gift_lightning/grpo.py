@@ -1,7 +1,6 @@
 """GRPO and its family: rollouts, verifiable rewards, group advantages, a clipped policy loss."""
 
-import time
-from dataclasses import replace
+import math
 from typing import Any, Literal, get_args
 
 import torch
@@ -12,12 +11,7 @@ from transformers import PreTrainedModel
 
 from gift_lightning.cache import CachedTopK
 from gift_lightning.collate import Batch
-from gift_lightning.collector import Collector
-from gift_lightning.experience import Experience
-from gift_lightning.means import Means
-from gift_lightning.modes import scoring
-from gift_lightning.module import PolicyModule
-from gift_lightning.order import MicroBatch
+from gift_lightning.onpolicy import OnPolicy
 from gift_lightning.policy import supervised_sequences
 from gift_lightning.policy_loss import (
     KLEstimator,
@@ -30,17 +24,14 @@ from gift_lightning.policy_loss import (
     token_policy_losses,
     token_weights,
 )
-from gift_lightning.problems import check_columns
-from gift_lightning.prompts import PromptData, Ticket
 from gift_lightning.references import Reference
-from gift_lightning.rewards import build_rewards
-from gift_lightning.rollouts import HFRollout, RolloutEngine, Sampling
+from gift_lightning.rollouts import RolloutEngine, Sampling
 from gift_lightning.schedule import Schedule
 
 Correction = Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 
 
-class GRPO(PolicyModule):
+class GRPO(OnPolicy):
     """Group-relative policy optimisation on verifiable rewards (arXiv 2402.03300).
 
     Needs `PromptData`. A rollout is scored, its advantages are taken within each prompt's group,
@@ -69,7 +60,7 @@ class GRPO(PolicyModule):
         max_completion_length: most sampled tokens.
         temperature: of sampling; the policy is scored at the same.
         top_p: mass of the likeliest tokens that are sampled from.
-        engine: what samples.
+        engine: what samples; by default HFRollout, the policy itself.
         correction: of the difference between engine and trainer, by the ratio of their
             log-probabilities: clamped to the cap, or zeroed above it; only for engines that are
             not the policy itself.
@@ -102,7 +93,7 @@ class GRPO(PolicyModule):
         max_completion_length: int = 512,
         temperature: float = 1.0,
         top_p: float = 1.0,
-        engine: RolloutEngine = HFRollout(),  # noqa: B008 (holds no state of a run)
+        engine: RolloutEngine | None = None,
         correction: Correction = "sequence_mask",
         correction_cap: float = 3.0,
         reward_timeout: float = 5.0,
@@ -122,120 +113,40 @@ class GRPO(PolicyModule):
             raise ValueError(f"model.correction is one of {known}, got {correction!r}.")
         if max_resamples < 0:
             raise ValueError(f"model.max_resamples must be 0 or more, got {max_resamples}.")
-        self.rewards = build_rewards(rewards)
-        super().__init__(model, reference, optimizer, schedule, tokenizer, max_skipped_steps)
+        super().__init__(
+            model,
+            rewards,
+            Sampling(max_completion_length, temperature, top_p),
+            reference=reference,
+            engine=engine,
+            collecting={
+                "advantage_scale": advantage_scale,
+                "max_resamples": max_resamples,
+                "mask_truncated": mask_truncated,
+                "only_signal": not (kl_weight or entropy_weight),
+                "timeout": reward_timeout,
+                "num_workers": reward_workers,
+            },
+            optimizer=optimizer,
+            schedule=schedule,
+            tokenizer=tokenizer,
+            chunk_size=chunk_size,
+            max_skipped_steps=max_skipped_steps,
+        )
         self.objective, self.entropy_weight = objective, entropy_weight
-        self._sampling = Sampling(max_completion_length, temperature, top_p)
         self.correction, self.correction_cap = correction, correction_cap
-        self.engine, self.chunk_size = engine, chunk_size
-        self._collector_options: dict[str, Any] = {
-            "advantage_scale": advantage_scale,
-            "max_resamples": max_resamples,
-            "mask_truncated": mask_truncated,
-            "only_signal": not (kl_weight or entropy_weight),
-            "timeout": reward_timeout,
-            "num_workers": reward_workers,
-        }
-        self._collector: Collector | None = None
-        self._experience: Experience | None = None
-        self._batch: Batch | None = None
-        self._count = 0  # sampled tokens that the loss is divided by
-        self._means = Means()
-
-    @property
-    def sampling(self) -> Sampling:
-        return replace(self._sampling, end_ids=tuple(self.end_ids))
-
-    @property
-    def data(self) -> PromptData:
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        if not isinstance(data, PromptData):
-            raise ValueError(
-                f"GRPO trains on prompts, and data is {type(data).__name__}: "
-                "set `--data PromptData`."
-            )
-        return data
-
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
-        for reward in self.rewards:
-            check_columns(reward.name, self.data.problems, reward.reward.reads)
-
-    def on_train_start(self) -> None:
-        super().on_train_start()
-        for module in self.policy.modules():  # without dropout; checkpointing needs train mode
-            module.training = bool(getattr(module, "gradient_checkpointing", False))
 
     @property
     def about(self) -> str:
         names = ", ".join(reward.name for reward in self.rewards)
         return f"GRPO ({self.objective.loss}) on {names}"
 
-    # One rollout.
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        ticket, data = Ticket(*batch), self.data
-        world, rank = self.trainer.world_size, self.global_rank
-        if self._experience is None or self._experience.number != ticket.rollout:
-            self._experience = self._collected(ticket)
-        experience = self._experience
-        window = torch.from_numpy(data.window(ticket, len(experience)))
-        part = torch.tensor(data.part(ticket, experience, world, rank), dtype=torch.int64)
-        counted = experience.num_tokens(experience.counted)
-        # bnpo is by definition a mean over the micro-batch.
-        self._count = int(counted[part if self.objective.loss == "bnpo" else window].sum())
-        trained = experience.num_tokens(experience.trained)[window]
-        ids = part[experience.trained[part]].tolist()
-        micro_batch = MicroBatch(tuple(ids), int(trained.sum()), len(window))
-        self._batch = self._transferred(experience, micro_batch)
-        super().on_train_batch_start(self._batch, batch_idx)
-
-    def _collected(self, ticket: Ticket) -> Experience:
-        if self._collector is None:
-            self._collector = Collector(
-                self.engine, self.sampling, self.rewards, self.tokenizer, **self._collector_options
-            )
-        world, rank = self.trainer.world_size, self.global_rank
-        start = time.perf_counter()
-        experience, metrics = self._collector.collect(self.model, self.data, ticket, world, rank)
-        metrics["rollout_time"] = time.perf_counter() - start
-        for name, value in metrics.items():
-            self._means.add(name, value)
-        sampler = self.data.sampler
-        assert sampler is not None
-        if sampler.num_steps * self.data.num_iterations > 1:
-            experience.old_logp = self._scored(experience)
-        return experience
-
-    def _transferred(self, experience: Experience, part: MicroBatch) -> Batch:
-        batch = experience.batch(part, self.end_ids[0], self.data.packing)
-        moved: Batch = self.transfer_batch_to_device(batch, self.device, 0)
-        return moved
-
-    @torch.no_grad()
-    def _scored(self, experience: Experience) -> Tensor:
-        """Log-probabilities of all trained tokens under the policy as it is now; the ranks share
-        the work."""
-        out = torch.zeros_like(experience.sampler_logp, device=self.device)
-        places = torch.arange(len(out))
-        by_length = experience.lengths().argsort(descending=True)
-        trained = by_length[experience.trained[by_length]].tolist()
-        mine = trained[self.global_rank :: self.trainer.world_size]
-        with scoring(self.model):
-            for start in range(0, len(mine), self.data.batch_size):
-                ids = tuple(mine[start : start + self.data.batch_size])
-                batch = self._transferred(experience, MicroBatch(ids, 0, 0))
-                logp, _ = self.policy.token_logp(batch, self._sampling.temperature, self.chunk_size)
-                out[experience.token_values(batch, places)] = logp.to(out.dtype)
-        summed = self.trainer.strategy.reduce(out, reduce_op="sum")
-        return torch.as_tensor(summed).cpu()
-
     # One step.
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        experience, batch = self._experience, self._batch
+        experience, batch = self.experience, self.batch  # instead of the ticket
         assert experience is not None and batch is not None
-        logp, entropy = self.policy.token_logp(batch, self._sampling.temperature, self.chunk_size)
+        logp, entropy = self.policy.token_logp(batch, self.sampling.temperature, self.chunk_size)
         _, sequences = supervised_sequences(batch).unique_consecutive(return_inverse=True)
         if experience.old_logp is None:
             old_logp = logp.detach()
@@ -251,24 +162,24 @@ class GRPO(PolicyModule):
             ref_logp=self._reference_logp(batch),
             importance=self._importance(old_logp - sampler_logp, sequences),
         )
-        local = self.objective.loss == "bnpo"
+        local = self.objective.loss == "bnpo"  # by definition a mean over the micro-batch
         weights = token_weights(
             self.objective,
             sequences,
-            self._count,
+            self.counts[0 if local else 1],
             batch["step_sequences"],
-            self._sampling.max_completion_length,
+            self.sampling.max_completion_length,
         ).to(logp.dtype)
         total = ((tokens.loss - self.entropy_weight * entropy) * weights).sum()
         share = total / (self.trainer.accumulate_grad_batches * self.trainer.world_size)
-        self.note_micro_batch(batch, share if local else total)
+        self.note_rollout_batch(share if local else total)
         self._note_tokens(tokens, old_logp - sampler_logp)
         return total if local else self.share_of_step(total)
 
     def _reference_logp(self, batch: Batch) -> Tensor | None:
         if self.reference is None or not (self.objective.kl_weight or self.is_logged_step):
             return None
-        return self.reference.label_logp(self.policy, batch, self._sampling.temperature)
+        return self.reference.label_logp(self.policy, batch, self.sampling.temperature)
 
     def _importance(self, difference: Tensor, sequences: Tensor) -> Tensor | None:
         """Trainer over engine: [n] factors on the policy's loss, or None where they agree."""
@@ -283,51 +194,29 @@ class GRPO(PolicyModule):
         return torch.where(ratio <= self.correction_cap, ratio, 0.0)
 
     def _note_tokens(self, tokens: TokenLosses, difference: Tensor) -> None:
-        clipped = tokens.low_clipped | tokens.high_clipped
+        """Means over the tokens that are trained."""
+        low, high = tokens.low_clipped, tokens.high_clipped
+        gap = difference.abs()
         values = {
-            "policy_loss": tokens.loss.detach(),
-            "clip_ratio/low_mean": tokens.low_clipped,
-            "clip_ratio/high_mean": tokens.high_clipped,
-            "clip_ratio/region_mean": clipped,
+            "clip_ratio/low_mean": low,
+            "clip_ratio/high_mean": high,
+            "clip_ratio/region_mean": low | high,
             "importance_ratio/mean": tokens.ratio,
-            "sampling/sampling_logp_difference/mean": difference.abs(),
+            "sampling/sampling_logp_difference/mean": gap,
         }
         if tokens.kl is not None:
             values["kl"] = tokens.kl
-        for name, value in values.items():
-            self._means.add(name, float(value.double().sum()), len(value))
-        if len(difference):
-            self._means.raise_to("importance_ratio/max", float(tokens.ratio.max()))
-            self._means.raise_to(
-                "sampling/sampling_logp_difference/max", float(difference.abs().max())
-            )
-
-    def step_metrics(self) -> dict[str, Any]:
-        def reduce(x: Tensor, how: str) -> Tensor:
-            reduced = self.trainer.strategy.reduce(x.to(self.device), reduce_op=how)
-            return torch.as_tensor(reduced).cpu()
-
-        return {**self._means.take(reduce), **super().step_metrics()}
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Nothing: callbacks such as GenerationEval say what validation is."""
-
-    # A run that is stopped inside a rollout goes on with the same completions.
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        if self._experience is not None:
-            checkpoint["experience"] = vars(self._experience).copy()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        if "experience" in checkpoint:
-            self._experience = Experience(**checkpoint["experience"])
-
-    def teardown(self, stage: str) -> None:
-        if self._collector is not None:
-            self._collector.close()
-            self._collector = None
+        n, nothing = len(gap), gap.new_full((1,), -math.inf)
+        largest = {
+            "importance_ratio/max": torch.cat([tokens.ratio, nothing]).max(),
+            "sampling/sampling_logp_difference/max": torch.cat([gap, nothing]).max(),
+        }
+        sums = [value.double().sum() for value in values.values()]
+        found = torch.stack([*sums, *(x.double() for x in largest.values())]).tolist()
+        for name, total in zip(values, found, strict=False):
+            self.means.add(name, total, n)
+        for name, value in zip(largest, found[len(values) :], strict=True):
+            self.means.raise_to(name, value)
 
 
 def _check(

@@ -1,5 +1,6 @@
 """Running means and maxima by name, between two log entries."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -22,6 +23,7 @@ class Means:
         sums[1] += count
 
     def raise_to(self, name: str, value: float) -> None:
+        """Also to be called with -inf where there is nothing: all ranks need the name."""
         self._largest[name] = max(value, self._largest.get(name, value))
 
     def take(self, reduce: Callable[[Tensor, str], Tensor]) -> dict[str, float]:
@@ -29,6 +31,7 @@ class Means:
         sums = reduce(torch.tensor([self._sums[k] for k in sorted(self._sums)]).double(), "sum")
         top = reduce(torch.tensor([self._largest[k] for k in sorted(self._largest)]), "max")
         found = {k: float(s / n) for k, (s, n) in zip(sorted(self._sums), sums, strict=True) if n}
-        found |= dict(zip(sorted(self._largest), map(float, top), strict=True))
+        largest = zip(sorted(self._largest), map(float, top), strict=True)
+        found |= {name: value for name, value in largest if value > -math.inf}
         self._sums, self._largest = {}, {}
         return found

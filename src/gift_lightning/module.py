@@ -150,18 +150,27 @@ class PolicyModule(pl.LightningModule):
         seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
         key = (self.global_step, self._step.num_micro_batches, self.global_rank)
         torch.manual_seed(keyed_seed(seed, "dropout", *key))
-        if self._probe is None and self.reference is not None:
+        some = bool((batch["labels"] != IGNORED).any())
+        if self._probe is None and self.reference is not None and some:
             self._probe = Probe(self.reference, self.policy, batch)
 
-    def note_micro_batch(self, batch: Batch, loss: Tensor) -> None:
-        """Tells the guard and the throughput count about a micro-batch; `loss` is its share."""
+    def note_micro_batch(self, batch: Batch, loss: Tensor, num_tokens: int | None = None) -> None:
+        """Tells the guard and the throughput count about a micro-batch.
+
+        Args:
+            batch: the micro-batch.
+            loss: its share of the step's.
+            num_tokens: counted as processed on all ranks; by default those of the batch, times the
+                ranks.
+        """
         step = self._step
         step.num_micro_batches += 1
         step.loss = step.loss + loss.detach()
         step.num_targets = batch["step_tokens"]
         step.num_seen += int((batch["labels"] != IGNORED).sum())
         step.sample_ids += batch["sample_ids"].tolist()
-        num_tokens = int((batch["sequence_ids"] >= 0).sum()) * self.trainer.world_size
+        if num_tokens is None:
+            num_tokens = int((batch["sequence_ids"] >= 0).sum()) * self.trainer.world_size
         self._tokens_since_log += num_tokens
         self._num_tokens += num_tokens
 
@@ -181,10 +190,8 @@ class PolicyModule(pl.LightningModule):
         if reason is not None:
             ids = ", ".join(map(str, step.sample_ids[:8]))
             more = len(step.sample_ids) - 8
-            rank_zero_warn(
-                f"optimizer step {self.global_step} skipped: {reason} "
-                f"(samples {ids}{f' and {more} more' if more > 0 else ''})"
-            )
+            which = f" (samples {ids}{f' and {more} more' if more > 0 else ''})" if ids else ""
+            rank_zero_warn(f"optimizer step {self.global_step} skipped: {reason}{which}")
             for parameter in self.parameters():
                 parameter.grad = None  # the optimizer then leaves weights, decay and moments alone
         else:

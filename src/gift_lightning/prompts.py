@@ -1,6 +1,7 @@
 """The stream that RL trains on: which prompts to roll out, and which part of a rollout to train."""
 
 import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -86,7 +87,7 @@ class PromptData(PositionedData):
         train: where the problems come from.
         prompts_per_rollout: prompts of one rollout, over all devices.
         num_generations: completions of each, the group whose rewards are compared.
-        batch_size: completions per micro-batch and device.
+        batch_size: completions per micro-batch and device; by default a rollout is one step.
         num_iterations: passes over each rollout.
         max_prompt_length: problems with longer prompts are not used, and counted.
         max_rejected: refuse to start if a larger share of the problems cannot be used.
@@ -102,7 +103,7 @@ class PromptData(PositionedData):
         train: Problems,
         prompts_per_rollout: int = 16,
         num_generations: int = 8,
-        batch_size: int = 32,
+        batch_size: int | None = None,
         num_iterations: int = 1,
         max_prompt_length: int | None = 512,
         max_rejected: float = 0.05,
@@ -114,7 +115,7 @@ class PromptData(PositionedData):
         counts = {"prompts_per_rollout": prompts_per_rollout, "batch_size": batch_size}
         counts |= {"num_iterations": num_iterations}
         for name, value in counts.items():
-            if value < 1:
+            if value is not None and value < 1:
                 raise ValueError(f"data.{name} must be at least 1, got {value}.")
         if num_generations < 2:
             raise ValueError(
@@ -125,7 +126,8 @@ class PromptData(PositionedData):
             raise ValueError(f"data.max_prompt_length must be at least 1, got {max_prompt_length}.")
         self.train_problems = train
         self.prompts_per_rollout, self.num_generations = prompts_per_rollout, num_generations
-        self.batch_size, self.num_iterations = batch_size, num_iterations
+        self._batch_size, self.num_iterations = batch_size, num_iterations
+        self.batch_size = batch_size or 0
         self.max_prompt_length, self.max_rejected = max_prompt_length, max_rejected
         self.chat, self.packing, self.seed = chat, packing, seed
         self.ledger: dict[str, Ledger] = {}
@@ -147,7 +149,9 @@ class PromptData(PositionedData):
                 self.report()
         completions = self.prompts_per_rollout * self.num_generations
         accumulate = trainer.accumulate_grad_batches
-        per_step = self.batch_size * accumulate * trainer.world_size
+        share = accumulate * trainer.world_size
+        self.batch_size = self._batch_size or -(-completions // share)
+        per_step = self.batch_size * share
         if completions % per_step:
             raise ValueError(
                 f"a rollout of {completions} completions (data.prompts_per_rollout x "
@@ -194,7 +198,8 @@ class PromptData(PositionedData):
     @property
     def identity(self) -> dict[str, str | int]:
         assert self.sampler is not None
-        digest = hashlib.sha256(repr(self.prompt_ids).encode()).hexdigest()
+        columns = json.dumps([problem.columns for problem in self.problems], sort_keys=True)
+        digest = hashlib.sha256(f"{self.prompt_ids} {columns}".encode()).hexdigest()
         return {
             "samples": digest,
             "seed": self.seed,
@@ -220,6 +225,12 @@ class PromptData(PositionedData):
         """Other problems for groups without signal, as many as there are."""
         order = permutation(len(self.problems), self.seed, "replacements", rollout).tolist()
         return [i for i in order if i not in tried][:num]
+
+    @property
+    def parts_per_rollout(self) -> int:
+        """Micro-batches of one rank that train on the same rollout."""
+        assert self.sampler is not None
+        return self.num_iterations * self.sampler.num_steps * self.sampler.accumulate
 
     def window(self, ticket: Ticket, num_completions: int) -> np.ndarray:
         """The completions of a ticket's optimizer step, of all ranks: the same for any number of

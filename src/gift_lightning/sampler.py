@@ -76,18 +76,11 @@ class Sampler:
         offered = (getattr(weighted.reward, "answer", None) for weighted in self.rewards)
         self.answer: Any = next(filter(callable, offered), None)
         self._prompts: dict[str, list[list[int]]] = {}
-        positions = getattr(module.model.config, "max_position_embeddings", math.inf)
         for name, problems in sets.items():
             for weighted in self.rewards:
                 check_columns(weighted.name, problems, needs(weighted.reward))
             prompts = [prompt_tokens(module.tokenizer, p, settings.chat) for p in problems]
-            for problem, ids in zip(problems, prompts, strict=True):
-                if len(ids) + settings.max_new_tokens > positions:
-                    raise ValueError(
-                        f"GenerationEval: the {len(ids)} prompt tokens of {problem.origin} and "
-                        f"max_new_tokens={settings.max_new_tokens} exceed the model's {positions} "
-                        "positions: lower max_new_tokens, or leave such prompts out."
-                    )
+            check_positions(module.model, problems, prompts, settings.max_new_tokens)
             self._prompts[name] = prompts
         self._pool = RewardPool(self.rewards)  # last: it starts processes
 
@@ -135,6 +128,20 @@ class Sampler:
             batch_size=settings.batch_size,
             keys=places,
         )
+
+
+def check_positions(
+    model: Any, problems: Sequence[Problem], prompts: Sequence[Sequence[int]], limit: int
+) -> None:
+    """Raises ValueError if a prompt and `limit` more tokens exceed the model's positions."""
+    positions = getattr(model.config, "max_position_embeddings", math.inf)
+    for problem, ids in zip(problems, prompts, strict=True):
+        if len(ids) + limit > positions:
+            raise ValueError(
+                f"the {len(ids)} prompt tokens of {problem.origin} and completions of up to "
+                f"{limit} tokens exceed the model's {positions} positions: lower the length of "
+                "completions, or leave such prompts out."
+            )
 
 
 def request(

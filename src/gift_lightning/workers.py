@@ -34,6 +34,8 @@ from gift_lightning.rewards import WeightedReward
 from gift_lightning.worker import frame_text, unframe
 from gift_lightning.zygote import REPLY, LostError, Zygote
 
+FAULTS = ("timeout", "crash", "memory", "error", "bad_value", "not_scorable")
+"""Every reason but `scored`."""
 _ANSWERS = ("scored", "not_scorable", "bad_value", "error", "memory")
 _MAX_DEATHS = 8  # of zygotes in a row, without an answer in between
 _MAX_ANSWER = 1 << 16
