@@ -5,15 +5,24 @@ from pathlib import Path
 import pytest
 import yaml
 
+from gift_lightning.ablate import parse_all
 from gift_lightning.cli import GiftCLI, main
+from gift_lightning.experiment_file import read_experiment
 from gift_lightning.targets import Target
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
-names = pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(ROOT / "configs")))
+ABLATIONS = [path for path in CONFIGS if "arms" in yaml.safe_load(path.read_text())]
+FITS = [path for path in CONFIGS if path not in ABLATIONS]
 
 
-@names
+def each(paths):
+    return pytest.mark.parametrize(
+        "path", paths, ids=lambda p: str(p.relative_to(ROOT / "configs"))
+    )
+
+
+@each(FITS)
 def test_config_parses_and_is_short(path, parse):
     config = parse(path)
     assert config.model.class_path.startswith("gift_lightning.")
@@ -21,7 +30,16 @@ def test_config_parses_and_is_short(path, parse):
     assert len(path.read_text().splitlines()) <= 40
 
 
-@names
+@each(ABLATIONS)
+def test_ablation_parses(path, monkeypatch):
+    """The file, and the command line of every stage and arm."""
+    monkeypatch.chdir(ROOT)  # its configs are named from here
+    experiment = read_experiment(str(path))
+    assert str(experiment.output).startswith("runs/")
+    parse_all(experiment.runs(), str(path))
+
+
+@each(CONFIGS)
 def test_config_has_no_key_twice(path):
     """YAML keeps the last of two equal keys without a word."""
     seen = set()
@@ -41,26 +59,39 @@ def test_config_has_no_key_twice(path):
 
 
 def test_there_is_a_config_for_every_kind_of_target(parse):
-    used = {parse(path).model.init_args.target.class_path.rpartition(".")[2] for path in CONFIGS}
+    every = [parse(path).model.init_args.get("target") for path in FITS]
+    used = {target.class_path.rpartition(".")[2] for target in every if target is not None}
     assert {"OneHot", "GIFT", "DFT", "ASFT", "PSFT", "GEM", "TargetSFT", "LabelSmoothing"} <= used
     assert used <= {cls.__name__ for cls in _subclasses(Target)}
 
 
-QUICK = [path for path in CONFIGS if "CountdownData" in path.read_text()]
+# What trains the embedded base, or one of its size, on the embedded task.
+QUICK = [path for path in FITS if "Countdown" in path.read_text()]
+SMALL = {
+    "CountdownData": {"num_demonstrations": 64, "num_pretraining": 128, "num_eval": 8},
+    "CountdownProblems": {"size": 8},
+    "PromptData": {"prompts_per_rollout": 4, "num_generations": 4, "batch_size": 16},
+    "GenerationEval": {"num_samples": 2, "ks": [1, 2]},
+}
 
 
-@pytest.mark.parametrize("path", QUICK, ids=lambda p: p.name)
+def shrunk(node):
+    """A config with fewer and smaller problem sets, and otherwise as it stands."""
+    if isinstance(node, list):
+        return [shrunk(child) for child in node]
+    if not isinstance(node, dict):
+        return node
+    node = {key: shrunk(child) for key, child in node.items()}
+    if (name := str(node.get("class_path")).rpartition(".")[2]) in SMALL:
+        node["init_args"] = {**node.get("init_args", {}), **SMALL[name]}
+    return node
+
+
+@each(QUICK)
 def test_every_quick_config_runs_two_steps(path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    sizes = [
-        "--data.num_demonstrations",
-        "64",
-        "--data.num_pretraining",
-        "128",
-        "--data.num_eval",
-        "8",
-    ]
-    main(["fit", "--config", str(path), "--trainer.max_steps", "2", *sizes])
+    Path("config.yaml").write_text(yaml.safe_dump(shrunk(yaml.safe_load(path.read_text()))))
+    main(["fit", "--config", "config.yaml", "--trainer.max_steps", "2"])
     assert "Written to runs/" in capsys.readouterr().out
 
 

@@ -3,12 +3,17 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import yaml
+
+from gift_lightning.cli import GiftCLI
+from test_configs import shrunk
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -18,16 +23,20 @@ COMMANDS = [
     for line in block.strip().splitlines()
 ]
 GIFT = [line.partition("&& ")[2] or line for line in COMMANDS if "gift " in line]
-SHORT = ["--trainer.max_steps", "2", "--data.num_demonstrations", "64", "--data.num_eval", "8"]
+LAB = [line for line in GIFT if line.startswith(("gift ablate", "gift compare"))]
+SHORT = ["--trainer.max_steps", "2"]
+SFT_SIZES = ["--data.num_demonstrations", "64", "--data.num_eval", "8"]
+RL_SIZES = ["--data.train.size", "96", "--trainer.callbacks.sets.drawn.init_args.size", "8"]
 
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
-    """A folder with the repository's configs and the README's own target, to run in."""
+    """A folder with the repository's configs and the README's own classes, to run in."""
     folder = tmp_path_factory.mktemp("checkout")
     (folder / "configs").symlink_to(ROOT / "configs")
-    code = re.findall(r"```python\n(.*?)```", README, re.S)[0]
-    (folder / "my_targets.py").write_text(code)
+    target, reward = re.findall(r"```python\n(.*?)```", README, re.S)
+    (folder / "my_targets.py").write_text(target)
+    (folder / "my_rewards.py").write_text(reward)
     return folder
 
 
@@ -63,22 +72,46 @@ def test_quickstart_in_two_minutes(checkout):
     assert seconds < 120, f"the quickstart took {seconds:.0f} s"
 
 
-@pytest.mark.parametrize("command", GIFT[1:])
+@pytest.mark.parametrize("command", [line for line in GIFT[1:] if line not in LAB])
 def test_every_other_command_runs(command, checkout):
-    if "--ckpt_path" in command:  # goes on with the quickstart's data
-        more = ["--data.num_eval", "8"]
+    if "grpo.yaml" in command:
+        printed = run(command, checkout, *SHORT, *RL_SIZES)
+        assert "GRPO (" in printed and "Before and after training" in printed
+        assert ("Brackets" in printed) is ("Brackets" in command)
+    elif "--ckpt_path" in command:  # goes on with the quickstart's data
+        run(command, checkout, "--data.num_eval", "8")
     else:
-        more = SHORT if " fit " in command else SHORT[2:]
-    run(command, checkout, *more)
+        run(command, checkout, *(SHORT if " fit " in command else []), *SFT_SIZES)
+
+
+def test_the_lab_in_small(tmp_path):
+    """The README's experiment with two of its arms, one seed and one step in every stage."""
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    ablate, compare = LAB
+    file = tmp_path / ablate.split()[2]
+    lab = yaml.safe_load(file.read_text())
+    against = compare.split()[-1]
+    arms = [against, next(arm for arm in lab["arms"] if arm != against)]
+    lab.update(seeds=lab["seeds"][:1], arms={arm: lab["arms"][arm] for arm in arms})
+    file.write_text(yaml.safe_dump(lab, sort_keys=False))
+    for stage in lab["stages"].values():
+        config = shrunk(yaml.safe_load((tmp_path / stage["config"]).read_text()))
+        config["trainer"]["max_steps"] = 1
+        (tmp_path / stage["config"]).write_text(yaml.safe_dump(config))
+    assert "All done. Next: gift compare runs/lab" in run(ablate, tmp_path)
+    printed = run(compare, tmp_path)
+    assert all(arm in printed for arm in arms) and "Written to runs/lab/compare" in printed
+    assert (tmp_path / "runs/lab/compare/index.html").is_file()
 
 
 def test_the_readmes_own_target(checkout):
     command = "gift fit --config configs/quickstart.yaml --model.target my_targets.Mine"
-    assert "Mine(power=0.5)" in run(command, checkout, *SHORT)
+    assert "Mine(power=0.5)" in run(command, checkout, *SHORT, *SFT_SIZES)
 
 
-def test_the_readmes_yaml_parses(tmp_path):
-    from gift_lightning.cli import GiftCLI
+@pytest.mark.parametrize("block", re.findall(r"```yaml\n(.*?)```", README, re.S))
+def test_the_readmes_yaml_parses(block, tmp_path):
+    """Alone, or on top of the quickstart's where it says only a part."""
 
     class Stop(Exception):
         pass
@@ -87,9 +120,12 @@ def test_the_readmes_yaml_parses(tmp_path):
         def before_instantiate_classes(self) -> None:
             raise Stop
 
-    (tmp_path / "mine.yaml").write_text(re.findall(r"```yaml\n(.*?)```", README, re.S)[0])
+    (tmp_path / "mine.yaml").write_text(block)
+    files = [str(tmp_path / "mine.yaml")]
+    if "model:" not in block.splitlines():
+        files.insert(0, str(ROOT / "configs/quickstart.yaml"))
     with pytest.raises(Stop):
-        ParseOnly(["fit", "--config", str(tmp_path / "mine.yaml")])
+        ParseOnly(["fit", *(word for file in files for word in ("--config", file))])
 
 
 def test_every_module_has_its_line():
