@@ -177,9 +177,7 @@ def test_parse(text, value, numbers):
 def test_parse_agrees_with_python():
     rng = random.Random(1)
     for _ in range(300):
-        tree = countdown.random_tree(
-            rng, [rng.randint(1, 9) for _ in range(rng.randint(1, 6))]
-        )
+        tree = countdown.random_tree(rng, [rng.randint(1, 9) for _ in range(rng.randint(1, 6))])
         minimal, full = countdown.render(tree), countdown.render(tree, every=True)
         expected = eval(minimal)
         assert eval(full) == expected
