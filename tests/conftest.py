@@ -16,7 +16,17 @@ from jaxtyping import install_import_hook
 REPOSITORY = Path(__file__).parents[1]
 
 # They say PreTrainedModel, which a PeftModel stands in for without being one.
-UNCHECKED = {"models", "policy", "sft", "module", "grpo", "onpolicy", "collector", "rollouts"}
+UNCHECKED = {
+    "models",
+    "policy",
+    "sft",
+    "module",
+    "grpo",
+    "onpolicy",
+    "collector",
+    "rollouts",
+    "generation",
+}
 
 
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:

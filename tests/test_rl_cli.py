@@ -298,6 +298,10 @@ FILE = ["--data.train", "JSONLProblems", "--data.train.path"]
         ),
         (["--model.loss", "ppo"], ["model.loss", "'dapo'", "not ppo"]),
         (["--model.engine", "VLLM"], ["model.engine", "'VLLM' names no class"]),
+        (["--model", "SFT"], ["SFT trains on demonstrations, and data is PromptData"]),
+        (["--model.rewards", "[]"], ["rewards is empty: name at least one"]),
+        (["--model.reward_timeout", "0"], ["timeout must be above 0"]),
+        (["--model.reward_workers", "0"], ["num_workers must be at least 1"]),
         (["--model.target", "GIFT"], ["'target' is no option of GRPO"]),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) and x[0].startswith("-") else "",
@@ -319,23 +323,6 @@ def test_wrong_input_is_one_sentence_and_leaves_nothing(here, capsys, flags, par
         assert part in said, said
 
 
-# What is refused too late or not at all: the mark goes with the repair, or the test fails.
-@pytest.mark.xfail(strict=True, reason="not refused before training yet")
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ["--model.rewards", "[]"],
-        ["--model.reward_timeout", "0"],
-        ["--model.reward_workers", "0"],
-        ["--model", "SFT", "--trainer.limit_val_batches", "1"],
-    ],
-    ids=" ".join,
-)
-def test_wrong_input_that_is_not_refused_yet(here, capsys, flags):
-    refused(capsys, *flags)
-
-
-@pytest.mark.xfail(strict=True, reason="adapters of stage 1 are frozen, or replaced by new ones")
 @pytest.mark.parametrize("again", [[], ["--model.model.lora.r", "4"]], ids=["as is", "lora"])
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # of peft
 def test_stage_two_starts_from_adapters(here, again):
@@ -348,4 +335,7 @@ def test_stage_two_starts_from_adapters(here, again):
         AutoModelForCausalLM.from_pretrained(f"runs/{name}/hf")(input_ids=ids).logits
         for name in ("sft", "tiny")
     ]
-    torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=1e-5)
+    # Adapters that are merged round otherwise than beside their base.
+    torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=1e-4)
+    base = AutoModelForCausalLM.from_pretrained(embedded_path("gift:countdown"))
+    assert (base(input_ids=ids).logits - logits[0]).abs().max() > 0.1

@@ -56,7 +56,7 @@ def test_stable_without_decay_and_a_wrong_floor():
 def test_the_guard_counts_by_reason_and_stops():
     guard, ok, bad = StepGuard(2), torch.tensor(1.0), torch.tensor(float("inf"))
     assert guard.decide(ok, ok, 5) is None
-    assert guard.decide(ok, ok, 0) == "no supervised token"
+    assert guard.decide(ok, ok, 0) == "no token has anything to teach"
     assert guard.decide(bad, ok, 5) == "loss is inf"
     assert guard.decide(ok, ok, 5) is None
     guard.decide(ok, bad, 5)

@@ -41,7 +41,7 @@ class StepGuard:
         """
         self.decided += 1
         if num_tokens == 0:
-            reason = "no supervised token"
+            reason = "no token has anything to teach"
         elif not bool(loss.isfinite()):
             reason = f"loss is {float(loss)}"
         elif not bool(norm.isfinite()):

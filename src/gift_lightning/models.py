@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -80,7 +80,8 @@ def causal_lm(
     """A pretrained causal language model; no remote code is ever run.
 
     Args:
-        pretrained: a folder, a hub id, or "gift:countdown" for the embedded base.
+        pretrained: a folder, a hub id, or "gift:countdown" for the embedded base. Adapters that a
+            run with lora left are merged into their base: training goes on from what they learned.
         dtype: of the weights. Full training wants float32: bfloat16 weights round small updates
             away. With lora a bfloat16 base is fine, the adapters stay in float32.
         gguf_file: a GGUF file in that folder to read instead of safetensors (needs the gguf extra).
@@ -96,9 +97,14 @@ def causal_lm(
     Raises:
         ValueError: if it cannot be loaded.
     """
+    folder = Path(embedded_path(pretrained))
+    adapters = (folder / "adapter_config.json").is_file()
     try:
+        if adapters and not (folder / "adapter_model.safetensors").is_file():
+            raise OSError("adapters are only read from adapter_model.safetensors")
+        base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path if adapters else None
         model = AutoModelForCausalLM.from_pretrained(
-            embedded_path(pretrained),
+            base or embedded_path(pretrained),
             dtype=dtype,
             gguf_file=gguf_file,
             attn_implementation=attn_implementation,
@@ -115,7 +121,11 @@ def causal_lm(
     if gguf_file is not None:  # plain tensors by now, which transformers would refuse to save
         model.hf_quantizer, model.is_quantized = None, False  # type: ignore[assignment]
         del model.config.quantization_config
-    model.can_be_loaded_again = gguf_file is None  # type: ignore[assignment]
+    model.can_be_loaded_again = gguf_file is None and not adapters  # type: ignore[assignment]
+    if adapters:
+        model = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+        model.config._name_or_path = model.name_or_path = str(folder)
+        model.requires_grad_(True)
     return _for_training(model, gradient_checkpointing, lora)
 
 

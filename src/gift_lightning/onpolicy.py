@@ -96,6 +96,11 @@ class OnPolicy(PolicyModule):
         for reward in self.rewards:
             check_columns(reward.name, data.problems, needs(reward.reward))
         check_positions(base_model(self.model), data.problems, data.prompt_ids, limit)
+        if stage == "fit":
+            sampling = replace(self.sampling, end_ids=tuple(self.end_ids))
+            self._collector = Collector(
+                self.engine, sampling, self.rewards, self.tokenizer, **self.collecting
+            )
 
     def on_train_start(self) -> None:
         super().on_train_start()
@@ -141,11 +146,7 @@ class OnPolicy(PolicyModule):
         super().on_train_batch_start(self.batch, batch_idx)
 
     def _collected(self, ticket: Ticket) -> Experience:
-        if self._collector is None:
-            sampling = replace(self.sampling, end_ids=tuple(self.end_ids))
-            self._collector = Collector(
-                self.engine, sampling, self.rewards, self.tokenizer, **self.collecting
-            )
+        assert self._collector is not None, "setup comes first"
         world, rank = self.trainer.world_size, self.global_rank
         start = time.perf_counter()
         experience, metrics = self._collector.collect(self.model, self.data, ticket, world, rank)

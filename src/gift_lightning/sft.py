@@ -16,6 +16,7 @@ from gift_lightning.diagnostics import TokenMeans
 from gift_lightning.loss import Evaluation
 from gift_lightning.module import PolicyModule
 from gift_lightning.policy import supervised_sequences
+from gift_lightning.prompts import PromptData
 from gift_lightning.references import OldPolicy, Reference
 from gift_lightning.schedule import Schedule
 from gift_lightning.target import Target
@@ -77,6 +78,11 @@ class SFT(PolicyModule):
         return f"{type(self).__name__} towards {self.target}"
 
     def setup(self, stage: str) -> None:
+        if isinstance(getattr(self.trainer, "datamodule", None), PromptData):
+            raise ValueError(
+                f"{type(self).__name__} trains on demonstrations, and data is PromptData: set "
+                "`--data SFTData`, or train with `--model GRPO`."
+            )
         super().setup(stage)
         if self.old_policy is not None:
             self.old_policy.setup(self.policy)
