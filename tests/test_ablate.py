@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import test_cli
 from gift_lightning.ablate import ablate, main, refuse_changed, write_plan
 from gift_lightning.comparison import compare
 from gift_lightning.experiment_file import read_experiment
@@ -57,24 +58,7 @@ EXPERIMENT = {
         "gift": {"sft": {"beta": 3}},
     },
 }
-TINY = """
-model:
-  class_path: SFT
-  init_args:
-    model:
-      class_path: gift_lightning.models.tiny_llama
-      init_args: {hidden_size: 16, num_layers: 1, num_heads: 2}
-    target: {class_path: GIFT, init_args: {beta: 3}}
-    reference: FrozenCopy
-data:
-  class_path: CountdownData
-  init_args: {num_demonstrations: 64, num_eval: 8, batch_size: 16}
-trainer:
-  max_steps: 2
-  log_every_n_steps: 1
-  enable_progress_bar: false
-  enable_checkpointing: false
-"""
+TINY = test_cli.TINY + "  enable_checkpointing: false\n"
 REAL = """
 output: runs/real
 seeds: [0]

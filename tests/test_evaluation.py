@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gift_lightning import completions, countdown_data, sampler
+from gift_lightning import completions, countdown_data, rollouts, sampler
 from gift_lightning.countdown import verify
 from gift_lightning.evaluation import GenerationEval
 from gift_lightning.functional import pass_at_k
@@ -477,7 +477,7 @@ def test_history_survives_a_checkpoint(tmp_path):
 def test_chat_prompts(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        sampler,
+        rollouts,
         "generate",
         lambda model, prompts, *a, **b: seen.append(prompts) or generate(model, prompts, *a, **b),
     )

@@ -7,20 +7,8 @@ import yaml
 
 from gift_lightning.ablate import main
 from gift_lightning.experiment_file import read_experiment
+from test_ablate import EXPERIMENT
 
-EXPERIMENT = {
-    "output": "runs/lab",
-    "seeds": [0, 1, 2],
-    "stages": {
-        "sft": {"config": "sft.yaml", "overrides": {"data.seed": "{seed}"}},
-        "rl": {"config": "rl.yaml", "overrides": {"pretrained": "{sft}/hf"}},
-    },
-    "arms": {
-        "base": {"sft": "skip", "rl": {"pretrained": "start"}},
-        "sft": {},
-        "gift": {"sft": {"beta": 3}},
-    },
-}
 TINY = """
 model:
   class_path: SFT

@@ -10,10 +10,10 @@ PROMPTS = [[5, 6, 7], [9], [4, 4, 4, 4, 8], [9, 2], [5, 6, 3], [2, 3, 4, 5, 6, 7
 OPTIONS = {"max_new_tokens": 12, "eos_ids": [EOS], "pad_id": PAD, "seed": 3}
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2"])
-def model(request):
+def tiny(name):
+    """A random Llama or GPT-2 in train mode: GPT-2 has dropout, if eval mode were forgotten."""
     torch.manual_seed(0)
-    if request.param == "llama":
+    if name == "llama":
         config = LlamaConfig(
             vocab_size=VOCAB,
             hidden_size=32,
@@ -29,7 +29,12 @@ def model(request):
         made = GPT2LMHeadModel(config)
     for parameter in made.parameters():
         parameter.data *= 3  # far from uniform, so that mistakes show
-    return made.train()  # with GPT-2's dropout, if eval mode were forgotten
+    return made.train()
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def model(request):
+    return tiny(request.param)
 
 
 def sample(*args, **kwargs):

@@ -125,7 +125,7 @@ def test_any_split_of_a_step_gives_the_same_gradient(loss):
 
 def test_the_gradient_is_the_one_of_the_formula():
     """Against the dense model in float64 and the objective written out."""
-    module, keep = grpo(loss="grpo"), None
+    module = grpo(loss="grpo")
     before = {k: v.clone() for k, v in module.model.state_dict().items()}
     keep = fit(module, data())
     x = keep.experiences[0]
@@ -178,9 +178,6 @@ def test_several_steps_share_a_rollout_and_every_completion_is_trained_once():
     seen = []
 
     class Watch(pl.Callback):
-        def on_train_batch_start(self, trainer, module, batch, batch_idx):
-            pass
-
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
             seen.append((batch.rollout, module.batch["sample_ids"].tolist()))
 

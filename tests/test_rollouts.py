@@ -4,16 +4,14 @@ What `generation.generate` promises by itself is tested there.
 """
 
 import copy
-import inspect
 from dataclasses import replace
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from torch.optim import SGD
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from gift_lightning import generation, rollouts
+from gift_lightning import generation
 from gift_lightning.experience import Experience, flat
 from gift_lightning.grpo import GRPO
 from gift_lightning.models import Lora, causal_lm, load_tokenizer, tiny_llama
@@ -23,11 +21,11 @@ from gift_lightning.policy import Policy
 from gift_lightning.problems import CountdownProblems, prompt_tokens
 from gift_lightning.prompts import PromptData
 from gift_lightning.rollouts import HFRollout, Sampling
+from test_generation import EOS, tiny
 
 # What transformers and peft say about models of this size.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
-EOS, VOCAB = 1, 24
 SAMPLING = Sampling(max_completion_length=12, end_ids=(EOS,))
 PROMPTS = {
     "equal": [[5, 6, 7], [9, 2, 4], [4, 4, 8]],  # nothing is padded
@@ -35,35 +33,13 @@ PROMPTS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _peft_models(monkeypatch):
-    """Where a PeftModel stands in for a PreTrainedModel, types are not checked."""
-    monkeypatch.setattr(rollouts, "generate", inspect.unwrap(generation.generate))
-    monkeypatch.setattr(generation, "_decode", inspect.unwrap(generation._decode))
-
-
 def policy(name):
     """In train mode, with dropout where the family has it."""
-    torch.manual_seed(0)
     if name == "base":
+        torch.manual_seed(0)
         return causal_lm("gift:countdown")
-    if name == "gpt2":
-        config = GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64)
-        config.bos_token_id = config.eos_token_id = EOS
-        made = GPT2LMHeadModel(config)
-    else:
-        config = LlamaConfig(
-            vocab_size=VOCAB,
-            hidden_size=32,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-        )
-        made = LlamaForCausalLM(config)
-    for parameter in made.parameters():
-        parameter.data *= 3  # far from uniform, so that mistakes show
-    return Lora(r=4).wrap(made).train() if name == "lora" else made.train()
+    made = tiny("gpt2" if name == "gpt2" else "llama")
+    return Lora(r=4).wrap(made).train() if name == "lora" else made
 
 
 def adapted(name="default"):

@@ -1,17 +1,17 @@
 """`gift ablate FILE`: every arm over every seed and stage, each in a process of its own."""
 
-import argparse
 import contextlib
 import io
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
 
 from gift_lightning.cli import GiftCLI
+from gift_lightning.errors import CommandParser
 from gift_lightning.experiment import Experiment, Run
 from gift_lightning.experiment_file import read_experiment
 from gift_lightning.processes import Processes
@@ -19,14 +19,6 @@ from gift_lightning.progress import Progress
 from gift_lightning.receipt import changes, read_receipt, write_json, write_text
 
 GIFT = (sys.executable, "-m", "gift_lightning")
-
-
-class CommandParser(argparse.ArgumentParser):
-    """Says what is wrong as the rest of `gift` does: one sentence, exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        print(f"gift: error: {message}; see `{self.prog} --help`.", file=sys.stderr)
-        sys.exit(2)
 
 
 def main(words: Sequence[str]) -> None:

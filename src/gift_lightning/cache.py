@@ -41,6 +41,7 @@ from gift_lightning import identity
 from gift_lightning.collate import Batch, collate
 from gift_lightning.distribution import Distribution
 from gift_lightning.head import ReferenceRows
+from gift_lightning.matmul import chunks, default_chunk
 from gift_lightning.modes import adapter_off, scoring
 from gift_lightning.order import MicroBatch
 from gift_lightning.policy import Policy, supervised_labels
@@ -257,9 +258,7 @@ class CachedTopK(Reference):
             off = adapter_off if isinstance(policy.model, PeftModel) else nullcontext
             with scoring(policy.model), off(policy.model):
                 rows = _projected(policy, batch)
-        size = max(64, 2**25 // len(policy.head.weight))
-        for i in range(0, len(labels), size):
-            chunk = slice(i, i + size)
+        for chunk in chunks(len(labels), default_chunk(len(policy.head.weight))):
             yield chunk, _truncate(Distribution(rows.logits(chunk), labels[chunk]), k)
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from gift_lightning.ablate import CommandParser
 from gift_lightning.comparison import LEGEND, Comparison, compare
+from gift_lightning.errors import CommandParser
 from gift_lightning.page import html
 from gift_lightning.plots import pictures
 from gift_lightning.results import Results, read_results

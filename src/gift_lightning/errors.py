@@ -1,8 +1,11 @@
 """What a user reads when something is wrong: one sentence that names the key and the way out."""
 
+import argparse
 import dis
 import re
+import sys
 from pathlib import Path
+from typing import NoReturn
 
 import yaml
 
@@ -10,6 +13,14 @@ from gift_lightning.references import Reference
 from gift_lightning.target import Target
 
 _CHOICES: dict[str, type] = {"target": Target, "reference": Reference}
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Says what is wrong as the rest of `gift` does: one sentence, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"gift: error: {message}; see `{self.prog} --help`.", file=sys.stderr)
+        sys.exit(2)
 
 
 def own_error(error: BaseException | None) -> BaseException | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from gift_lightning.ablate import CommandParser
+from gift_lightning.errors import CommandParser
 from gift_lightning.harness import PACKAGES, Settings, evaluate, is_number, require
 from gift_lightning.models import embedded_path
 from gift_lightning.receipt import write_json

@@ -20,6 +20,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from gift_lightning.models import causal_lm, load_tokenizer
+from gift_lightning.readers import first_line
 
 PACKAGES = ("gift-lightning", "lm_eval", "torch", "transformers", "datasets", "peft")
 _SEEDS = {f"{name}_random_seed": 1234 for name in ("numpy", "torch", "fewshot")}  # lm-eval's own
@@ -81,7 +82,7 @@ def evaluate(folder: Path, settings: Settings) -> dict[str, Any]:
             )
         except (ValueError, AssertionError) as error:
             print(file=sys.stderr)  # behind a progress bar
-            raise ValueError(f"lm-eval refuses: {_first_line(error)}.") from error
+            raise ValueError(f"lm-eval refuses: {first_line(error)}.") from error
     template = str(tokenizer.chat_template or "").encode()
     return {
         "model": str(folder),
@@ -141,7 +142,7 @@ def require() -> tuple[Callable[..., Any], Any, Any]:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ValueError(
-            f"--backend lm_eval needs lm-evaluation-harness ({_first_line(error)}): "
+            f"--backend lm_eval needs lm-evaluation-harness ({first_line(error)}): "
             "pip install 'gift-lightning[lm_eval]'."
         ) from None
     # Otherwise loading a file, a local one too, is counted at a server.
@@ -184,7 +185,7 @@ def _load(settings: Settings) -> tuple[Any, dict[str, Any], list[Any]]:
             )
         names = ", ".join(settings.tasks)
         raise ValueError(
-            f"--tasks: lm-eval cannot load {names} ({_first_line(error)}): {way}."
+            f"--tasks: lm-eval cannot load {names} ({first_line(error)}): {way}."
         ) from error
     groups = loaded.get("groups", {})
     children = {x for names in loaded.get("group_map", {}).values() for x in names}
@@ -321,7 +322,3 @@ def _distinct(said: Sequence[str]) -> list[str]:
     meant = re.compile("Overwriting default num_fewshot|generation_kwargs:|.* is defined, but ")
     first = {re.sub(r"\d+", "0", x): " ".join(x.split()) for x in reversed(said)}
     return [x for x in reversed(first.values()) if not meant.match(x)]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(".")

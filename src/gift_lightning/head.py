@@ -19,7 +19,14 @@ from torch import Tensor
 from gift_lightning.distribution import Distribution
 from gift_lightning.functional import IGNORED, check_lengths
 from gift_lightning.loss import Evaluation, evaluate
-from gift_lightning.matmul import add_matmul_tn, chunks, math_dtype, matmul_nn, matmul_nt
+from gift_lightning.matmul import (
+    add_matmul_tn,
+    chunks,
+    default_chunk,
+    math_dtype,
+    matmul_nn,
+    matmul_nt,
+)
 from gift_lightning.target import LabelView, Target, Tokens
 
 
@@ -196,7 +203,7 @@ def head_loss(
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be 1 or more, got {chunk_size}.")
     if chunk_size is None:
-        chunk_size = max(64, -(-(2**25 // head.weight.shape[0]) // 64) * 64)
+        chunk_size = default_chunk(len(head.weight))
     job = _Job(
         head, labels, target, reference, old_logp, sequence_ids, token_weight, chunk_size, diagnose
     )

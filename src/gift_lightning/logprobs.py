@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from gift_lightning.head import Head
-from gift_lightning.matmul import add_matmul_tn, chunks, math_dtype, matmul_nn
+from gift_lightning.matmul import add_matmul_tn, chunks, default_chunk, math_dtype, matmul_nn
 
 
 def token_logp(
@@ -35,7 +35,7 @@ def token_logp(
         chunk_size: tokens whose logits exist at a time; by default about 2²⁵ logits.
     """
     if chunk_size is None:
-        chunk_size = max(64, 2**25 // len(head.weight))
+        chunk_size = default_chunk(len(head.weight))
     bias = head.bias if head.bias is not None else hidden.new_zeros(0)
     logp, entropy = _TokenLogp.apply(
         hidden, head.weight, bias, head, tokens, temperature, chunk_size

@@ -13,6 +13,11 @@ def math_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def default_chunk(num_classes: int) -> int:
+    """Rows of about 2²⁵ logits in all, a multiple of 64."""
+    return max(64, -(-(2**25 // num_classes) // 64) * 64)
+
+
 def chunks(n: int, size: int) -> Iterator[slice]:
     return (slice(i, min(i + size, n)) for i in range(0, n, size))
 

@@ -135,8 +135,8 @@ class OnPolicy(PolicyModule):
         if self.experience is None or self.experience.number != ticket.rollout:
             self.experience = self._collected(ticket)
         experience = self.experience
-        window = torch.from_numpy(data.window(ticket, len(experience)))
-        part = torch.tensor(data.part(ticket, experience, world, rank), dtype=torch.int64)
+        window, lengths = data.window(ticket, len(experience)), experience.lengths().numpy()
+        part = torch.tensor(data.part(ticket, window, lengths, world, rank), dtype=torch.int64)
         counted = experience.num_tokens(experience.counted)
         self.counts = int(counted[part].sum()), int(counted[window].sum())
         trained = experience.num_tokens(experience.trained)[window]

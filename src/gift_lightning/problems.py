@@ -45,16 +45,18 @@ class Problems(ABC):
 
 
 class JSONLProblems(Problems):
-    """Problems of a file: .jsonl, .json, .csv or .parquet, one row each.
+    """Problems of a file, one row each, or of any other source that SFTData reads.
 
     Args:
-        path: the file.
+        path: a .jsonl, .json, .csv or .parquet file, a folder of datasets.save_to_disk, or a hub id
+            (owner/name, or owner/name:config).
         prompt: its column with the prompt: text, or chat messages.
         columns: the file's column for each column that a reward reads, where the names differ:
             {answer: solution}. Every other column keeps its name; one that is named as an argument
             of rewards is (completion, prompts, ...) or that JSON cannot hold is left out.
         prompt_format: text around a text prompt, for example "Question: {prompt} Answer:".
         limit: read only this many rows from the start.
+        split: of a hub dataset, or of a saved folder that holds several.
     """
 
     def __init__(
@@ -64,8 +66,9 @@ class JSONLProblems(Problems):
         columns: dict[str, str] | None = None,
         prompt_format: str = "{prompt}",
         limit: int | None = None,
+        split: str = "train",
     ) -> None:
-        self.source = Source(path, limit=limit)
+        self.source = Source(path, split, limit=limit)
         self.prompt, self.columns = prompt, dict(columns or {})
         self.prompt_format = _checked_format(prompt_format)
         if taken := sorted(RESERVED & self.columns.keys()):

@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
 from gift_lightning.examples import Ledger
-from gift_lightning.experience import Experience
 from gift_lightning.order import Resumable, deal, permutation
 from gift_lightning.position import PositionedData
 from gift_lightning.problems import Problem, Problems, prompt_tokens
@@ -242,10 +241,9 @@ class PromptData(PositionedData):
         return order[ticket.step * size : (ticket.step + 1) * size]
 
     def part(
-        self, ticket: Ticket, experience: Experience, world: int, rank: int
+        self, ticket: Ticket, window: np.ndarray, lengths: np.ndarray, world: int, rank: int
     ) -> tuple[int, ...]:
-        """The completions of a ticket's micro-batch on one rank."""
-        window = self.window(ticket, len(experience))
-        lengths = experience.lengths().numpy()
+        """The completions of a ticket's micro-batch on one rank, of those of its step; `lengths`
+        are the tokens of every completion of the rollout."""
         longest_first = window[np.argsort(-lengths[window], kind="stable")]
         return deal(longest_first, self.batch_size, world, rank)[ticket.part]

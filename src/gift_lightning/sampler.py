@@ -12,9 +12,10 @@ from lightning.pytorch import Trainer
 from transformers import PreTrainedTokenizerBase
 
 from gift_lightning.completions import Row
-from gift_lightning.generation import Completion, generate
+from gift_lightning.generation import Completion
 from gift_lightning.problems import Problem, check_columns, prompt_text, prompt_tokens
 from gift_lightning.rewards import build_rewards, needs
+from gift_lightning.rollouts import HFRollout, Sampling
 from gift_lightning.seeds import keyed_seed
 from gift_lightning.workers import Request, RewardPool
 
@@ -113,19 +114,15 @@ class Sampler:
         self._pool.close()
 
     def _generate(self, name: str, places: Sequence[int], module: Any) -> list[list[Completion]]:
-        """Completions of the problems at these places: all that is asked of an engine."""
-        settings, ends, pad = self.settings, module.end_ids, module.tokenizer.pad_token_id
-        return generate(
-            module.model,
+        """Completions of the problems at these places."""
+        settings, engine = self.settings, HFRollout(self.settings.batch_size)
+        engine.sync(module.model)
+        ends = tuple(module.end_ids)
+        return engine.generate(
             [self._prompts[name][i] for i in places],
             settings.num_samples,
-            max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            eos_ids=ends,
-            pad_id=ends[0] if pad is None else pad,
+            Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, ends),
             seed=keyed_seed(settings.seed, "evaluation", name),
-            batch_size=settings.batch_size,
             keys=places,
         )
 
