@@ -5,12 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gift_lightning.cli import main
+from gift_lightning.cli import _ProgressBar, main
 from gift_lightning.run import fresh_folder
 
 ROOT = Path(__file__).parents[1]
@@ -347,3 +348,10 @@ def test_the_command_exists_and_explains_itself():
             check=True,
         )
         assert word in shown.stdout
+
+
+@pytest.mark.parametrize(("bound", "said"), [({"max_steps": 4}, "Epoch 3"), ({}, "Epoch 3/6")])
+def test_progress_names_no_end_that_is_not_known(bound, said):
+    bar = _ProgressBar()
+    bar._trainer = pl.Trainer(max_epochs=-1 if bound else 7, logger=False, **bound)
+    assert bar._get_train_description(3).rstrip() == said

@@ -3,6 +3,7 @@
 import gc
 import math
 import weakref
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -59,7 +60,7 @@ def grpo(reward="Even", lr=1e-2, **options):
     return GRPO(
         causal_lm("gift:countdown"),
         [here(reward) if reward in ("Even", "Nothing", "Rare", "Sometimes") else reward],
-        optimizer=lambda p: SGD(p, lr=lr),
+        optimizer=partial(SGD, lr=lr),
         **options,
     )
 
@@ -121,6 +122,22 @@ def test_any_split_of_a_step_gives_the_same_gradient(loss):
     assert found[0].abs().max() > 1e-4
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options", [{"loss": "dapo", "kl_weight": 0.1}, {"loss": "gspo", "reward": "Rare"}], ids=str
+)
+def test_two_processes_train_as_one_does(options, tmp_path):
+    """Over two rollouts of two steps and two passes, with Lightning's own DDP; of a rank's share of
+    a step nothing may have signal."""
+    found, start = [], weights(grpo())
+    for batch_size, ranks in ((8, {}), (4, {"strategy": "ddp_spawn", "devices": 2})):
+        module = grpo(reference=FrozenCopy() if "kl_weight" in options else None, **options)
+        prompts = data(batch_size=batch_size, num_iterations=2)
+        fit(module, prompts, steps=8, folder=tmp_path, **ranks)
+        found.append(weights(module) - start)
+    assert found[0].abs().max() > 1e-3
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-6)
 
 
 def test_the_gradient_is_the_one_of_the_formula():

@@ -79,6 +79,12 @@ class _Parser(LightningArgumentParser):
         sys.exit(2)
 
 
+class _ProgressBar(RichProgressBar):
+    def _get_train_description(self, current_epoch: int) -> str:
+        # A run that steps or time bound has no number of epochs, and Lightning shows -2.
+        return super()._get_train_description(current_epoch).replace("/-2", "")
+
+
 class GiftTrainer(pl.Trainer):
     """Lightning's Trainer with the commands that are not its own."""
 
@@ -188,7 +194,7 @@ class GiftCLI(LightningCLI):
             if saves and not any(isinstance(c, ModelCheckpoint) for c in mine):
                 mine.append(ModelCheckpoint(f"{root}/checkpoints", save_last="link"))
             if config.get("enable_progress_bar") in (None, True):
-                mine.append(RichProgressBar(leave=False))
+                mine.append(_ProgressBar(leave=False))
             mine.append(ExportHF())
         elif config.get("logger") is None:
             config["logger"] = False
