@@ -144,7 +144,13 @@ class GRPO(OnPolicy):
     # One step.
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        experience, batch = self.experience, self.batch  # instead of the ticket
+        share = self.rollout_share()
+        self.note_rollout_batch(share)
+        return self.share_of_step(share)
+
+    def rollout_share(self) -> Tensor:
+        """The part that `self.batch` has in the step's loss."""
+        experience, batch = self.experience, self.batch
         assert experience is not None and batch is not None
         logp, entropy = self.policy.token_logp(batch, self.sampling.temperature, self.chunk_size)
         _, sequences = supervised_sequences(batch).unique_consecutive(return_inverse=True)
@@ -170,11 +176,10 @@ class GRPO(OnPolicy):
             batch["step_sequences"],
             self.sampling.max_completion_length,
         ).to(logp.dtype)
-        total = ((tokens.loss - self.entropy_weight * entropy) * weights).sum()
-        share = total / (self.trainer.accumulate_grad_batches * self.trainer.world_size)
-        self.note_rollout_batch(share if local else total)
         self._note_tokens(tokens, old_logp - sampler_logp)
-        return total if local else self.share_of_step(total)
+        total = ((tokens.loss - self.entropy_weight * entropy) * weights).sum()
+        num_parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        return total / num_parts if local else total
 
     def _reference_logp(self, batch: Batch) -> Tensor | None:
         if self.reference is None or not (self.objective.kl_weight or self.is_logged_step):

@@ -154,7 +154,9 @@ class PolicyModule(pl.LightningModule):
         if self._probe is None and self.reference is not None and some:
             self._probe = Probe(self.reference, self.policy, batch)
 
-    def note_micro_batch(self, batch: Batch, loss: Tensor, num_tokens: int | None = None) -> None:
+    def note_micro_batch(
+        self, batch: Batch, loss: Tensor, num_tokens: int | None = None, stream: str = ""
+    ) -> None:
         """Tells the guard and the throughput count about a micro-batch.
 
         Args:
@@ -162,11 +164,12 @@ class PolicyModule(pl.LightningModule):
             loss: its share of the step's.
             num_tokens: counted as processed on all ranks; by default those of the batch, times the
                 ranks.
+            stream: which stream it comes from, if a stage has several.
         """
         step = self._step
         step.num_micro_batches += 1
         step.loss = step.loss + loss.detach()
-        step.num_targets = batch["step_tokens"]
+        step.dealt[stream] = batch["step_tokens"]
         step.num_seen += int((batch["labels"] != IGNORED).sum())
         step.sample_ids += batch["sample_ids"].tolist()
         if num_tokens is None:
@@ -179,14 +182,15 @@ class PolicyModule(pl.LightningModule):
         norm = gradient_norm(self.parameters())
         counted = torch.stack([step.loss.double(), step.loss.new_tensor(step.num_seen).double()])
         loss, seen = torch.as_tensor(self.trainer.strategy.reduce(counted, reduce_op="sum"))
-        if int(seen) != step.num_targets and not self._is_dry_run:
+        num_targets = sum(step.dealt.values())
+        if int(seen) != num_targets and not self._is_dry_run:
             raise ValueError(
                 f"this optimizer step holds {int(seen)} supervised tokens but was dealt "
-                f"{step.num_targets}: trainer.accumulate_grad_batches must not change in a run."
+                f"{num_targets}: trainer.accumulate_grad_batches must not change in a run."
             )
         # With 16-mixed a gradient scaler finds its scale by overflowing: some steps are lost.
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-        reason = self.guard.decide(loss, norm, step.num_targets, patience=4 if scaled else 1)
+        reason = self.guard.decide(loss, norm, num_targets, patience=4 if scaled else 1)
         if reason is not None:
             ids = ", ".join(map(str, step.sample_ids[:8]))
             more = len(step.sample_ids) - 8
@@ -338,7 +342,8 @@ class _Step:
     def __init__(self) -> None:
         self.num_micro_batches = 0
         self.loss: Tensor = torch.zeros(())
-        self.num_targets = 0
+        self.dealt: dict[str, int] = {}
+        """Supervised tokens of the step, by stream."""
         self.num_seen = 0
         self.sample_ids: list[int] = []
         self.norm: Tensor | None = None
