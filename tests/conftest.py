@@ -22,6 +22,8 @@ UNCHECKED = {
     "sft",
     "module",
     "grpo",
+    "hybrid",
+    "imitation",
     "onpolicy",
     "collector",
     "rollouts",

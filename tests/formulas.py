@@ -30,6 +30,7 @@ from gift_lightning.targets import (
     STM,
     TALR,
     BeyondLog,
+    CHORDPhi,
     Distillation,
     EntropyBonus,
     Focal,
@@ -107,6 +108,7 @@ INSTANCES: dict[type[Target], list[Target]] = {
     STM: [STM(), STM(20.0)],
     Focal: [Focal(), Focal(0.5), Focal(detach=True), Focal(0.0)],
     LUFFYShaping: [LUFFYShaping(), LUFFYShaping(0.3)],
+    CHORDPhi: [CHORDPhi(), CHORDPhi(0.4)],
     Halfway: [Halfway()],
 }
 
@@ -387,6 +389,12 @@ def luffy(t: LUFFYShaping, c: Case, z: Tensor) -> Tensor:
     return -lp.exp() / (lp.exp() + t.gamma)
 
 
+def chord_phi(t: CHORDPhi, c: Case, z: Tensor) -> Tensor:
+    _, lp = _logs(c, z)
+    phi = (lp.exp() * (1 - lp.exp())).detach()
+    return -phi * lp.clamp(max=math.log(t.cutoff))
+
+
 def halfway(t: Halfway, c: Case, z: Tensor) -> Tensor:
     logp, lp = _logs(c, z)
     return -t.trust * lp - (1 - t.trust) * (c.reference.softmax(-1) * logp).sum(-1)
@@ -416,6 +424,7 @@ FORMULAS: dict[type[Target], Callable[..., Tensor]] = {
     STM: stm,
     Focal: focal,
     LUFFYShaping: luffy,
+    CHORDPhi: chord_phi,
     Halfway: halfway,
 }
 

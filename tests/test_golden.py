@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gift_lightning.controllers import Schedule
 from gift_lightning.distribution import Distribution
 from gift_lightning.functional import IGNORED, label_mass, pass_at_k, token_loss
 from gift_lightning.loss import evaluate
@@ -27,6 +28,7 @@ from gift_lightning.targets import (
     STM,
     TALR,
     BeyondLog,
+    CHORDPhi,
     Distillation,
     EntropyBonus,
     Focal,
@@ -229,6 +231,43 @@ def test_methods_made_of_two_targets(shared: Path) -> None:
             value, gradient = c.loss_and_gradient(BeyondLog(1.0))
             assert_equal(gradient, _tensor(c.outputs["grad_sum"]), c)
             assert_equal(value - 1.0 * c.mask, _tensor(c.outputs["per_token_loss"]), c)
+
+
+def test_chord_phi(shared: Path) -> None:
+    data = json.loads((shared / "golden" / "chord.json").read_text())
+    logp, mask = (_tensor(data["phi_input"][key]) for key in ("logp", "mask"))
+    cases = [c for c in data["phi_cases"] if c["kind"] == "sft_phi" and c["token_level"]]
+    assert len(cases) == 2
+    for case in cases:
+        # A class for the label and one for the rest: dlogp_y/dz_y is then 1 - p_y.
+        z = torch.stack([logp, torch.log(-torch.expm1(logp))], -1).requires_grad_()
+        labels = torch.zeros(logp.shape, dtype=torch.int64).masked_fill(mask == 0, IGNORED)
+        target = CHORDPhi(case["cutoff_prob"])
+        loss = token_loss(target, z, labels).sum() / (mask.sum() + 1e-8)
+        (gradient,) = torch.autograd.grad(loss, z)
+        expected = _tensor(case["dloss_dlogp"]) * -torch.expm1(logp)
+        torch.testing.assert_close(loss.detach(), _tensor(case["loss"]), rtol=1e-12, atol=1e-15)
+        torch.testing.assert_close(gradient[..., 0], expected, rtol=1e-12, atol=1e-15)
+
+
+def test_chord_as_ms_swift_mixes(shared: Path) -> None:
+    data = json.loads((shared / "golden" / "chord.json").read_text())
+    given = data["swift_input"]
+    z, mask = _tensor(given["z"]), torch.tensor(given["mask"]).bool()
+    labels = torch.tensor(given["labels"]).masked_fill(~mask, IGNORED)
+    for case in data["swift_cases"]:
+        schedule = Schedule(
+            *(case[f"mu_{key}"] for key in ("warmup_steps", "decay_steps", "peak", "valley"))
+        )
+        mu = schedule.update(None, case["global_step"])
+        assert mu == pytest.approx(case["mu"], abs=1e-15)
+        leaf = z.clone().requires_grad_()
+        target = CHORDPhi() if case["enable_phi"] else OneHot()
+        imitation = token_loss(target, leaf, labels).sum() / mask.sum()
+        loss = (1 - mu) * case["grpo_loss"] + mu * imitation
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        torch.testing.assert_close(loss.detach(), _tensor(case["loss"]), rtol=1e-12, atol=1e-15)
+        torch.testing.assert_close(gradient, _tensor(case["dloss_dz"]), rtol=1e-10, atol=1e-14)
 
 
 def test_target_sft_distribution(shared: Path) -> None:

@@ -20,46 +20,19 @@ from gift_lightning.policy_loss import PolicyObjective
 from gift_lightning.problems import CountdownProblems, Problem, Problems
 from gift_lightning.prompts import PromptData
 from gift_lightning.references import FrozenCopy
-from gift_lightning.rewards import Reward
 
-
-class Even(Reward):
-    """A dense reward, so that every group has signal."""
-
-    def score(self, completion, **columns):
-        return float(sum(map(ord, completion)) % 3)
-
-
-class Nothing(Reward):
-    def score(self, completion, **columns):
-        return None
-
-
-class Sometimes(Reward):
-    """Cannot score problems with an even target."""
-
-    def score(self, completion, target, **columns):
-        return float(len(completion) % 2) if target % 2 else None
-
-
-class Rare(Reward):
-    """Only problems with an odd target have signal."""
-
-    reads = ("target",)
-
-    def score(self, completion, target, **columns):
-        return float(target % 2 and len(completion) % 2)
+OURS = {"Even", "Nothing", "Rare", "Sometimes"}
 
 
 def here(name):
-    return f"{__name__}.{name}"
+    return f"small_rewards.{name}"
 
 
 def grpo(reward="Even", lr=1e-2, **options):
     options = {"max_completion_length": 16, "reward_workers": 1, **options}
     return GRPO(
         causal_lm("gift:countdown"),
-        [here(reward) if reward in ("Even", "Nothing", "Rare", "Sometimes") else reward],
+        [here(reward) if reward in OURS else reward],
         optimizer=partial(SGD, lr=lr),
         **options,
     )

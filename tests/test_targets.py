@@ -43,6 +43,7 @@ from gift_lightning.targets import (
     STM,
     TALR,
     BeyondLog,
+    CHORDPhi,
     Distillation,
     EntropyBonus,
     Focal,
@@ -902,6 +903,8 @@ NAN = math.nan
         (Focal, {"gamma": INF}, "gamma"),
         (LUFFYShaping, {"gamma": 0.0}, "gamma"),
         (LUFFYShaping, {"gamma": INF}, "gamma"),
+        (CHORDPhi, {"cutoff": 0.0}, "cutoff"),
+        (CHORDPhi, {"cutoff": 1.5}, "cutoff"),
     ],
 )
 def test_bad_arguments_are_refused(kind: type[Target], arguments: dict[str, Any], key: str) -> None:

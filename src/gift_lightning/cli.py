@@ -19,10 +19,13 @@ from lightning.pytorch.loggers import CSVLogger
 
 from gift_lightning import (
     cache,
+    controllers,
     countdown_data,
     data,
     evaluation,
     grpo,
+    hybrid,
+    hybrid_data,
     models,
     problems,
     prompts,
@@ -38,10 +41,13 @@ from gift_lightning.run import ExportHF, Report, SaveConfig, fresh_folder
 # What a config may name without its module: every class in these is imported here.
 __all__ = [
     "cache",
+    "controllers",
     "countdown_data",
     "data",
     "evaluation",
     "grpo",
+    "hybrid",
+    "hybrid_data",
     "models",
     "problems",
     "prompts",

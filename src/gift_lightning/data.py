@@ -10,13 +10,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedTokenizerBase
 
 from gift_lightning.collate import Batch
 from gift_lightning.examples import Batches, Examples, Ledger
 from gift_lightning.masks import LossOn
-from gift_lightning.order import MicroBatches, Sequential, mixture
+from gift_lightning.order import MicroBatch, MicroBatches, Sequential, mixture
 from gift_lightning.position import PositionedData
 from gift_lightning.records import Record, Rejected, Source, read
 from gift_lightning.render import Rendering, Truncation, encode_all
@@ -202,7 +202,11 @@ class SFTData(PositionedData):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         assert self.sampler is not None
-        return self._loader(self.train_examples, self.sampler)
+        return self.loader(self.sampler)
+
+    def loader(self, order: Sampler[MicroBatch]) -> DataLoader[Batch]:
+        """The training samples in some order."""
+        return self._loader(self.train_examples, order)
 
     def one_pass(self) -> DataLoader[Batch]:
         """This rank's share of an epoch's samples in order, apart from the training position."""
@@ -218,7 +222,7 @@ class SFTData(PositionedData):
         order = Sequential(ids, examples.num_targets, self.batch_size, world, rank)
         return self._loader(examples, order)
 
-    def _loader(self, examples: Examples, sampler: MicroBatches | Sequential) -> DataLoader[Batch]:
+    def _loader(self, examples: Examples, sampler: Sampler[MicroBatch]) -> DataLoader[Batch]:
         # Else a loader draws from the global generator at every epoch: less often after a resume.
         own = torch.Generator().manual_seed(keyed_seed(self.seed, "loader"))
         batches, workers = Batches(examples, self._pad_id, self.packing), self.num_workers

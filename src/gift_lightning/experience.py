@@ -68,6 +68,12 @@ class Experience:
     def completions(self) -> Sequence[Tensor]:
         return _split(self.completion_ids, self.completion_lengths)
 
+    def sampled(self, ids: Int[Tensor, " k"]) -> tuple[Float[Tensor, " n"], Int[Tensor, " n"]]:
+        """The sampler's log-probabilities of some completions, and whose they are, of the k."""
+        parts = _split(self.sampler_logp, self.completion_lengths)
+        logp = torch.cat([self.sampler_logp[:0], *(parts[i] for i in ids.tolist())])
+        return logp, torch.arange(len(ids)).repeat_interleave(self.completion_lengths[ids])
+
     def token_values(
         self, batch: Batch, values: Shaped[Tensor, " all_tokens"]
     ) -> Shaped[Tensor, " n"]:

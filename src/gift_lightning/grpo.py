@@ -181,8 +181,13 @@ class GRPO(OnPolicy):
         num_parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
         return total / num_parts if local else total
 
+    @property
+    def reads_reference(self) -> bool:
+        """Whether the current step computes the KL."""
+        return bool(self.objective.kl_weight) or self.is_logged_step
+
     def _reference_logp(self, batch: Batch) -> Tensor | None:
-        if self.reference is None or not (self.objective.kl_weight or self.is_logged_step):
+        if self.reference is None or not self.reads_reference:
             return None
         return self.reference.label_logp(self.policy, batch, self.sampling.temperature)
 

@@ -9,6 +9,8 @@ distribution they read ahead.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -344,6 +346,20 @@ def _look_ahead(hidden: Tensor, job: _Job, buffers: _Buffers) -> Tensor | None:
     return job.target.look_ahead(LabelView(student, reference, job.sequence_ids))
 
 
+_kept_graph = False  # of the process: an accelerator's backward pass has threads of its own
+
+
+@contextmanager
+def kept_graph() -> Iterator[None]:
+    """A backward pass in here leaves for the next one what that would otherwise compute again."""
+    global _kept_graph
+    _kept_graph = True
+    try:
+        yield
+    finally:
+        _kept_graph = False
+
+
 class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -363,7 +379,9 @@ class _FusedLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias = ctx.saved_tensors
-        made, ctx.made = ctx.made, None
+        made, kept = ctx.made, _kept_graph
+        if not kept:
+            ctx.made = None
         if made is None or not _is_uniform(upstream):
             # Weights that the forward pass did not know, or a second backward pass: once more.
             job = ctx.job
@@ -378,7 +396,9 @@ class _FusedLoss(torch.autograd.Function):
         def scaled(gradient: Tensor | None, like: Tensor) -> Tensor | None:
             if gradient is None:
                 return None
-            return (gradient if factor is None else gradient.mul_(factor)).to(like.dtype)
+            if factor is not None:
+                gradient = gradient * factor if kept else gradient.mul_(factor)
+            return gradient.to(like.dtype)
 
         return (
             scaled(made.d_hidden, hidden),

@@ -125,10 +125,11 @@ class Imitation(PolicyModule):
         count = "step_tokens" if self.reduction == "token" else "step_sequences"
         return losses.sum() / max(batch[count], 1), stats  # type: ignore[literal-required]
 
-    def step_metrics(self) -> dict[str, Any]:
+    def imitation_metrics(self) -> dict[str, Tensor]:
+        """Means over the demonstrations' tokens since this was last asked."""
         means = self._train_means.compute()
         self._train_means.reset()
-        return {**means, **super().step_metrics()}
+        return means
 
     def on_validation_start(self) -> None:
         super().on_validation_start()
@@ -146,7 +147,7 @@ class Imitation(PolicyModule):
 
     def _val_names(self) -> list[str]:
         data = getattr(self.trainer, "datamodule", None)
-        return list(getattr(data, "val_names", None) or ["val"])
+        return list(getattr(data, "val_names", ["val"]))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

@@ -38,6 +38,7 @@ class OnPolicy(PolicyModule):
         batch: completions of it that have something to teach, all sampled tokens supervised.
         counts: sampled tokens of the micro-batch and of the whole optimizer step, of all
             completions that count.
+        window: the completions of the optimizer step, on all ranks.
 
     Args:
         model: the policy.
@@ -56,6 +57,7 @@ class OnPolicy(PolicyModule):
     experience: Experience | None = None
     batch: Batch | None = None
     counts: tuple[int, int] = (0, 0)
+    window: Tensor
 
     def __init__(
         self,
@@ -136,6 +138,7 @@ class OnPolicy(PolicyModule):
             self.experience = self._collected(ticket)
         experience = self.experience
         window, lengths = data.window(ticket, len(experience)), experience.lengths().numpy()
+        self.window = torch.from_numpy(window)
         part = torch.tensor(data.part(ticket, window, lengths, world, rank), dtype=torch.int64)
         counted = experience.num_tokens(experience.counted)
         self.counts = int(counted[part].sum()), int(counted[window].sum())

@@ -124,12 +124,16 @@ class MicroBatches(Resumable):
     def __iter__(self) -> Iterator[MicroBatch]:
         skip = self.skipped
         for window in self.windows(self.epoch):
-            longest_first = window[np.argsort(-self.lengths[window], kind="stable")]
-            parts = deal(longest_first, self.batch_size, self.world, self.rank)
-            tokens = int(self.targets[window].sum())
-            for part in parts[skip:]:
-                yield MicroBatch(part, tokens, len(window))
+            parts = self.parts(window)
+            yield from parts[skip:]
             skip = max(skip - len(parts), 0)
+
+    def parts(self, window: np.ndarray) -> list[MicroBatch]:
+        """The micro-batches of one optimizer step."""
+        longest_first = window[np.argsort(-self.lengths[window], kind="stable")]
+        tokens = int(self.targets[window].sum())
+        dealt = deal(longest_first, self.batch_size, self.world, self.rank)
+        return [MicroBatch(ids, tokens, len(window)) for ids in dealt]
 
 
 @dataclass(eq=False)

@@ -8,6 +8,7 @@ from torch.optim import AdamW
 from transformers import PreTrainedModel
 
 from gift_lightning.collate import Batch
+from gift_lightning.hybrid_data import HybridData
 from gift_lightning.imitation import Imitation, Reduction
 from gift_lightning.prompts import PromptData
 from gift_lightning.references import Reference
@@ -59,17 +60,22 @@ class SFT(Imitation):
         return f"{type(self).__name__} towards {self.target}"
 
     def setup(self, stage: str) -> None:
-        if isinstance(getattr(self.trainer, "datamodule", None), PromptData):
-            raise ValueError(
-                f"{type(self).__name__} trains on demonstrations, and data is PromptData: set "
-                "`--data SFTData`, or train with `--model GRPO`."
-            )
+        data = getattr(self.trainer, "datamodule", None)
+        for kind, stage_of in ((PromptData, "GRPO"), (HybridData, "Hybrid")):
+            if isinstance(data, kind):
+                raise ValueError(
+                    f"{type(self).__name__} trains on demonstrations, and data is "
+                    f"{kind.__name__}: set `--data SFTData`, or train with `--model {stage_of}`."
+                )
         super().setup(stage)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         share, _ = self.imitation_share(batch)
         self.note_micro_batch(batch, share)
         return self.share_of_step(share)
+
+    def step_metrics(self) -> dict[str, Any]:
+        return {**self.imitation_metrics(), **super().step_metrics()}
 
 
 class StandardSFT(SFT):

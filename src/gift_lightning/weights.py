@@ -266,3 +266,25 @@ class LUFFYShaping(Target):
 
     def published_value(self, t: Tokens) -> Tensor | None:
         return -t.p_y / (t.p_y + self.gamma)
+
+
+@dataclass(frozen=True)
+class CHORDPhi(Target):
+    """−sg[p_y·(1 − p_y)]·log p_y, CHORD-φ (arXiv 2508.11408).
+
+    Official: modelscope/Trinity-RFT, `chord_policy_loss.py`, `SFTPhiLossFn`. A weight is at most
+    1/4, so a μ with it is not comparable with a μ without.
+    """
+
+    cutoff: float = 1.0
+    """Tokens whose probability is above give no gradient; 1 trains all."""
+
+    def __post_init__(self) -> None:
+        require_number(self, "cutoff", 0, 1, above=True)
+
+    def label_weight(self, t: Tokens) -> Scalar:
+        phi = -t.p_y * torch.expm1(t.logp_y)
+        return phi * (t.logp_y <= math.log(self.cutoff))
+
+    def published_value(self, t: Tokens) -> Tensor | None:
+        return -(-t.p_y * torch.expm1(t.logp_y)) * t.logp_y.clamp_max(math.log(self.cutoff))
