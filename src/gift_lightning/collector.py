@@ -106,6 +106,7 @@ class Collector:
             advantages,
             counted,
             counted & (advantages != 0) if self.only_signal else counted,
+            torch.tensor(prompts),
         )
         return experience, metrics
 

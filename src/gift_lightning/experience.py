@@ -39,9 +39,15 @@ class Experience:
     truncated ones."""
     trained: Bool[Tensor, " c"]
     """Whether they get a gradient at all; the others are never read by the policy."""
+    problems: Int[Tensor, " p"]
+    """Index of the problem of each group."""
     old_logp: Float[Tensor, " all_tokens"] | None = None
     """Log-probabilities under the policy that sampled, scored by the trainer; None while the first
     step's own are those."""
+    demonstrations: Int[Tensor, " d"] | None = None
+    """Indices of demonstrations to be trained with it, by a gate's decision."""
+    weights: Float[Tensor, " d"] | None = None
+    """What each of them weighs."""
 
     def __len__(self) -> int:
         return len(self.rewards)

@@ -163,23 +163,32 @@ class GRPO(OnPolicy):
             self.objective,
             logp,
             old_logp,
-            experience.completion_values(batch, experience.advantages).to(logp.dtype),
+            self.token_advantages(batch, entropy, sequences).to(logp.dtype),
             sequences,
             ref_logp=self._reference_logp(batch),
             importance=self._importance(old_logp - sampler_logp, sequences),
         )
+        self._note_tokens(tokens, old_logp - sampler_logp)
+        weights = self.sequence_weights(sequences).to(logp.dtype)
+        return ((tokens.loss - self.entropy_weight * entropy) * weights).sum()
+
+    def sequence_weights(self, sequences: Tensor) -> Tensor:
+        """[n] what each token's loss counts in the step's."""
         local = self.objective.loss == "bnpo"  # by definition a mean over the micro-batch
+        num_parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
         weights = token_weights(
             self.objective,
             sequences,
             self.counts[0 if local else 1],
-            batch["step_sequences"],
+            self.num_sequences,
             self.sampling.max_completion_length,
-        ).to(logp.dtype)
-        self._note_tokens(tokens, old_logp - sampler_logp)
-        total = ((tokens.loss - self.entropy_weight * entropy) * weights).sum()
-        num_parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
-        return total / num_parts if local else total
+        )
+        return weights / num_parts if local else weights
+
+    def token_advantages(self, batch: Batch, entropy: Tensor, sequences: Tensor) -> Tensor:
+        """[n] of the micro-batch's tokens."""
+        assert self.experience is not None
+        return self.experience.completion_values(batch, self.experience.advantages)
 
     @property
     def reads_reference(self) -> bool:

@@ -2,10 +2,12 @@
 
 import math
 from dataclasses import astuple, replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
@@ -13,13 +15,17 @@ from transformers import PreTrainedModel
 from gift_lightning.branches import DEMONSTRATIONS, ROLLOUTS, BranchGradients, last_block
 from gift_lightning.collate import Batch
 from gift_lightning.controllers import GAC, Controller, MixStats
+from gift_lightning.experience import Experience
+from gift_lightning.functional import IGNORED
+from gift_lightning.gates import SRFT, Gate
 from gift_lightning.grpo import GRPO
 from gift_lightning.hybrid_data import HybridData
 from gift_lightning.imitation import Imitation, Reduction
 from gift_lightning.loss import Evaluation
+from gift_lightning.pairs import Pairs
 from gift_lightning.policy import supervised_sequences
-from gift_lightning.policy_loss import TokenLosses
-from gift_lightning.prompts import PromptData
+from gift_lightning.policy_loss import TokenLosses, group_advantages
+from gift_lightning.prompts import PromptData, Ticket
 from gift_lightning.target import Target
 from gift_lightning.targets import OneHot
 
@@ -30,6 +36,8 @@ class Hybrid(Imitation, GRPO):
     The loss is (1 − μ)·L_RL + μ·L_SFT: L_RL is GRPO's with all its options, L_SFT is SFT's towards
     any target, each averaged over its own tokens, over all micro-batches and devices. μ comes from
     the controller and stays for a whole optimizer step. A branch whose weight is 0 is not computed.
+    With a gate as controller, what is imitated are the demonstrations of the rollout's own prompts,
+    as the gate decides.
 
     Args:
         model: the policy, by a factory of `gift_lightning.models`.
@@ -43,6 +51,7 @@ class Hybrid(Imitation, GRPO):
     """
 
     demonstrations: Batch
+    weights: Tensor | None = None  # of the demonstrations, by a gate
 
     def __init__(
         self,
@@ -66,6 +75,14 @@ class Hybrid(Imitation, GRPO):
         self._rows: list[Tensor] = []  # of the step's demonstrations on this rank
         self._kl = [0.0, 0.0]  # sum and count
         self._gradients = BranchGradients(last_block(self.policy.base))
+        self._pairs: Pairs | None = None
+        if isinstance(controller, Gate) and self.collecting["max_resamples"]:
+            raise ValueError(
+                f"controller {type(controller).__name__} decides about groups without signal, "
+                "which model.max_resamples would replace: set it to 0."
+            )
+        if isinstance(controller, SRFT) and target != OneHot():
+            raise ValueError("controller SRFT has a loss of its own: drop model.target.")
 
     @property
     def about(self) -> str:
@@ -92,6 +109,12 @@ class Hybrid(Imitation, GRPO):
                 "2 or more."
             )
 
+        if isinstance(self.controller, Gate) and stage == "fit":
+            data = self.trainer.datamodule  # type: ignore[attr-defined]
+            self._pairs = Pairs(self.controller, data)
+            found, of = self._pairs.num_paired, len(self.data.problems)
+            rank_zero_info(f"{found} of {of} prompts have a demonstration")
+
     # One step.
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -100,26 +123,76 @@ class Hybrid(Imitation, GRPO):
             self.controller.update(self._stats, self.global_step)
             self._stats = None
         super().on_train_batch_start(batch["prompts"], batch_idx)
+        if self._pairs is not None:
+            self._take_pairs(Ticket(*batch["prompts"]))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        mu, shares = self.controller.mu, {}
-        if self._is_read(1 - mu):
+        weights, shares = self._branch_weights(), {}
+        if self._is_read(weights[ROLLOUTS]):
             shares[ROLLOUTS] = self.rollout_share()
-            self.note_rollout_batch((1 - mu) * shares[ROLLOUTS])
-        if self._is_read(mu):
-            shares[DEMONSTRATIONS], stats = self.imitation_share(self.demonstrations)
-            self.note_micro_batch(
-                self.demonstrations, mu * shares[DEMONSTRATIONS], stream=DEMONSTRATIONS
-            )
-            self._note_rows(stats)
+            self.note_rollout_batch(weights[ROLLOUTS] * shares[ROLLOUTS])
+        if self._is_read(weights[DEMONSTRATIONS]):
+            shares[DEMONSTRATIONS] = self._demonstration_share()
+            loss = weights[DEMONSTRATIONS] * shares[DEMONSTRATIONS]
+            self.note_micro_batch(self.demonstrations, loss, stream=DEMONSTRATIONS)
         losses = {branch: self.share_of_step(share) for branch, share in shares.items()}
         if self.is_logged_step or "gradient" in self.controller.measures:
             self._gradients.add(losses)
         num_parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
         for branch, share in shares.items():
             self.means.add(f"loss/{branch}", float(share.detach()), 1 / num_parts)
-        weights = {ROLLOUTS: 1 - mu, DEMONSTRATIONS: mu}
         return torch.stack([weights[b] * x for b, x in losses.items() if weights[b]]).sum()
+
+    def _branch_weights(self) -> dict[str, float]:
+        controller = self.controller
+        if not isinstance(controller, Gate):
+            return {ROLLOUTS: 1 - controller.mu, DEMONSTRATIONS: controller.mu}
+        some = self.demonstrations["step_sequences"] > 0
+        return {ROLLOUTS: 1.0, DEMONSTRATIONS: controller.weight if some else 0.0}
+
+    def _demonstration_share(self) -> Tensor:
+        batch, controller = self.demonstrations, self.controller
+        if not isinstance(controller, Gate) or not controller.joint:
+            share, stats = self.imitation_share(batch, self.weights)
+            self._note_rows(stats)
+            return share
+        assert self.weights is not None
+        _, sequences = supervised_sequences(batch).unique_consecutive(return_inverse=True)
+        if isinstance(controller, SRFT):
+            temperature = self.sampling.temperature
+            logp, entropy = self.policy.token_logp(batch, temperature, self.chunk_size)
+            own = self.weights[sequences].to(logp.dtype)
+            losses = controller.demonstration_losses(logp, entropy, sequences, own)
+        else:
+            losses, stats = self.losses(batch, self.is_logged_step, self.weights)
+            self._train_means.update(stats)
+        return (losses * self.sequence_weights(sequences).to(losses.dtype)).sum()
+
+    # A gate's demonstrations.
+
+    def revise(self, experience: Experience) -> None:
+        if self._pairs is not None:
+            assert self._collector is not None
+            scale = self._collector.advantage_scale
+            advantages = partial(group_advantages, scale=scale)
+            self._pairs.decide(experience, self._collector, advantages, self.end_ids)
+
+    def _take_pairs(self, ticket: Ticket) -> None:
+        assert self._pairs is not None and self.experience is not None
+        world, rank, pad = self.trainer.world_size, self.global_rank, self.end_ids[0]
+        batch, weights = self._pairs.batch(self.experience, ticket, pad, world, rank)
+        self.demonstrations = self.transfer_batch_to_device(batch, self.device, 0)
+        self.weights = weights.to(self.device)
+        if isinstance(self.controller, Gate) and self.controller.joint:
+            mine = int((batch["labels"] != IGNORED).sum())
+            self.counts = self.counts[0] + mine, self.counts[1] + batch["step_tokens"]
+            self.num_sequences += batch["step_sequences"]
+
+    def token_advantages(self, batch: Batch, entropy: Tensor, sequences: Tensor) -> Tensor:
+        advantages = super().token_advantages(batch, entropy, sequences)
+        if isinstance(self.controller, SRFT):
+            return self.controller.rollout_advantages(advantages, entropy, sequences)
+        return advantages
 
     def _is_read(self, weight: float) -> bool:
         return bool(weight or self.controller.measures)

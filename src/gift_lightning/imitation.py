@@ -98,14 +98,19 @@ class Imitation(PolicyModule):
         if self.old_policy is not None and batch_idx % self.trainer.accumulate_grad_batches == 0:
             self.old_policy.refresh(self.policy, self.global_step)
 
-    def losses(self, batch: Batch, diagnose: bool) -> tuple[Float[Tensor, " n"], Evaluation]:
-        """Per-token losses of a micro-batch, weighted for the reduction."""
+    def losses(
+        self, batch: Batch, diagnose: bool, weights: Float[Tensor, " s"] | None = None
+    ) -> tuple[Float[Tensor, " n"], Evaluation]:
+        """Per-token losses of a micro-batch, weighted for the reduction and by sequence."""
         reference = self.reference
         wanted = reference is not None and (diagnose or self.target.needs_reference)
         weight = None
         if self.reduction == "sequence":
             sequences = supervised_sequences(batch)
             weight = 1.0 / sequences.bincount()[sequences]
+        if weights is not None:
+            own = weights[supervised_sequences(batch)]
+            weight = own if weight is None else weight * own
         return self.policy(
             batch,
             self.target,
@@ -116,9 +121,11 @@ class Imitation(PolicyModule):
             diagnose=diagnose,
         )
 
-    def imitation_share(self, batch: Batch) -> tuple[Tensor, Evaluation]:
+    def imitation_share(
+        self, batch: Batch, weights: Float[Tensor, " s"] | None = None
+    ) -> tuple[Tensor, Evaluation]:
         """A micro-batch's part of the step's mean loss over demonstrations, and its tokens."""
-        losses, stats = self.losses(batch, diagnose=self.is_logged_step)
+        losses, stats = self.losses(batch, self.is_logged_step, weights)
         self._train_means.update(stats)
         if self.reduction == "micro_batch":  # undo the Trainer's division over micro-batches alone
             return losses.sum() / (len(losses) + 1e-8) / self.trainer.world_size, stats

@@ -38,6 +38,7 @@ class OnPolicy(PolicyModule):
         batch: completions of it that have something to teach, all sampled tokens supervised.
         counts: sampled tokens of the micro-batch and of the whole optimizer step, of all
             completions that count.
+        num_sequences: completions of the step.
         window: the completions of the optimizer step, on all ranks.
 
     Args:
@@ -57,6 +58,7 @@ class OnPolicy(PolicyModule):
     experience: Experience | None = None
     batch: Batch | None = None
     counts: tuple[int, int] = (0, 0)
+    num_sequences: int = 0
     window: Tensor
 
     def __init__(
@@ -142,6 +144,7 @@ class OnPolicy(PolicyModule):
         part = torch.tensor(data.part(ticket, window, lengths, world, rank), dtype=torch.int64)
         counted = experience.num_tokens(experience.counted)
         self.counts = int(counted[part].sum()), int(counted[window].sum())
+        self.num_sequences = len(window)
         trained = experience.num_tokens(experience.trained)[window]
         ids = part[experience.trained[part]].tolist()
         micro_batch = MicroBatch(tuple(ids), int(trained.sum()), len(window))
@@ -153,6 +156,7 @@ class OnPolicy(PolicyModule):
         world, rank = self.trainer.world_size, self.global_rank
         start = time.perf_counter()
         experience, metrics = self._collector.collect(self.model, self.data, ticket, world, rank)
+        self.revise(experience)
         metrics["rollout_time"] = (time.perf_counter() - start, 1)
         self._fresh_tokens = int(experience.lengths().sum())
         for name, (total, count) in metrics.items():
@@ -162,6 +166,9 @@ class OnPolicy(PolicyModule):
         if sampler.num_steps * self.data.num_iterations > 1:
             experience.old_logp = self._scored(experience)
         return experience
+
+    def revise(self, experience: Experience) -> None:
+        """A stage may change here what a rollout teaches, the same on every rank."""
 
     def _transferred(self, experience: Experience, part: MicroBatch) -> Batch:
         batch = experience.batch(part, self.end_ids[0], self.data.packing)
