@@ -327,6 +327,24 @@ def test_pictures_show_every_arm(tmp_path, monkeypatch):
     assert missing == ["sft: no train/entropy of gift to draw"]
 
 
+def test_hybrids_have_their_own_pictures_and_numbers(tmp_path):
+    """Area by trapezoids over uneven steps: 10 · 0.2 + 20 · 0.25; changes of μ above 0.05: two."""
+    mu, kl = [0.5, 0.44, 0.40, 0.60], [0.1, 0.3, 0.2]
+    log = [{"step": 5 * i, "train/mix/mu": x, "train/mix/prior": x / 2} for i, x in enumerate(mu)]
+    log += [{"step": step, "train/kl": x} for step, x in zip((0, 10, 30), kl, strict=True)]
+    folders = {
+        name: lay(tmp_path / name, [*more, {"step": 30, "val/in/pass@1": 0.3}])
+        for name, more in (("gac", log), ("grpo", []))
+    }
+    results = read_results([f"{name}={folder}" for name, folder in folders.items()])
+    curves = results.of("gac", "run")[0].curves
+    assert curves["train/kl_area"] == [(30, pytest.approx(7.0))]
+    assert curves["train/mix/large_changes"] == [(15, 2.0)]
+    missing: list[str] = []
+    assert "run-mix.png" in pictures(results, "grpo", missing)
+    assert not any("mix" in sentence for sentence in missing)
+
+
 class Page(HTMLParser):
     def __init__(self, text: str) -> None:
         super().__init__()

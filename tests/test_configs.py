@@ -33,7 +33,8 @@ def test_config_parses_and_is_short(path, parse):
 @each(ABLATIONS)
 def test_ablation_parses(path, monkeypatch):
     """The file, and the command line of every stage and arm."""
-    monkeypatch.chdir(ROOT)  # its configs are named from here
+    monkeypatch.chdir(ROOT)  # its configs are named from here, and classes of the user's own
+    monkeypatch.syspath_prepend(ROOT)  # as `gift` does
     experiment = read_experiment(str(path))
     assert str(experiment.output).startswith("runs/")
     parse_all(experiment.runs(), str(path))
@@ -68,7 +69,12 @@ def test_there_is_a_config_for_every_kind_of_target(parse):
 # What trains the embedded base, or one of its size, on the embedded task.
 QUICK = [path for path in FITS if "Countdown" in path.read_text()]
 SMALL = {
-    "CountdownData": {"num_demonstrations": 64, "num_pretraining": 128, "num_eval": 8},
+    "CountdownData": {
+        "num_demonstrations": 64,
+        "num_pretraining": 128,
+        "num_eval": 8,
+        "batch_size": 16,
+    },
     "CountdownProblems": {"size": 8},
     "PromptData": {"prompts_per_rollout": 4, "num_generations": 4, "batch_size": 16},
     "GenerationEval": {"num_samples": 2, "ks": [1, 2]},

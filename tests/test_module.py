@@ -174,3 +174,20 @@ def test_a_config_given_in_either_form_may_not_repeat_keys(words, tmp_path, monk
     with pytest.raises(SystemExit):
         main(["fit", *words])
     assert "twice.yaml:3: 'trainer' stands here and in line 1" in capsys.readouterr().err
+
+
+def test_a_name_without_a_value_is_not_logged_with_its_last_one(tmp_path: Path) -> None:
+    module = _module(OneHot())
+    real = module.step_metrics
+
+    def sometimes() -> dict:
+        return {**real(), **({"sometimes": 7.0} if module.global_step == 2 else {})}
+
+    module.step_metrics = sometimes  # type: ignore[method-assign]
+    logger = CSVLogger(tmp_path, name="", version="")
+    _fit(
+        module, UnevenData(batch_size=3), tmp_path, logger=logger, log_every_n_steps=1, max_steps=4
+    )
+    with (tmp_path / "metrics.csv").open() as file:
+        found = [row["train/sometimes"] for row in csv.DictReader(file) if row["train/loss"]]
+    assert found == ["", "7.0", "nan", "nan"]

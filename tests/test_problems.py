@@ -12,6 +12,7 @@ import pytest
 
 from gift_lightning import countdown, countdown_data
 from gift_lightning.problems import (
+    ConcatProblems,
     CountdownProblems,
     JSONLProblems,
     Problem,
@@ -228,3 +229,10 @@ def test_an_end_token_of_the_tokenizer_is_not_part_of_a_prompt():
 def test_workers_can_import_problems_without_torch():
     code = "import sys, gift_lightning.problems; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_several_sets_are_one_in_their_order():
+    parts = [CountdownProblems("train", "in", 3), CountdownProblems("train", "out", 2)]
+    assert ConcatProblems(parts).load() == [*parts[0].load(), *parts[1].load()]
+    with pytest.raises(ValueError, match="parts is empty"):
+        ConcatProblems([])

@@ -55,7 +55,7 @@ def _fit(module: SFT, data: pl.LightningDataModule, folder: Path, **kwargs) -> S
     trainer = pl.Trainer(
         default_root_dir=folder,
         accelerator="cpu",
-        logger=False,
+        logger=kwargs.pop("logger", False),
         enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in kwargs["callbacks"]),
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -134,6 +134,8 @@ class Imitation(PolicyModule):
 
     def imitation_metrics(self) -> dict[str, Tensor]:
         """Means over the demonstrations' tokens since this was last asked."""
+        if not self._train_means.update_called:
+            return {}
         means = self._train_means.compute()
         self._train_means.reset()
         return means

@@ -1,6 +1,7 @@
 """What every stage of post-training shares: policy, optimizer, step guard and checkpoint."""
 
 import copy
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -70,6 +71,7 @@ class PolicyModule(pl.LightningModule):
         self._num_tokens = 0
         self._loss_since_log, self._steps_since_log = 0.0, 0
         self._tokens_since_log = 0
+        self._logged: set[str] = set()
         self._paused = 0.0
         self._last_log = time.perf_counter()
 
@@ -218,7 +220,10 @@ class PolicyModule(pl.LightningModule):
         if self._step.norm is None:  # in the middle of an optimizer step
             return
         if self.global_step % self._log_every == 0:
-            self.log_dict({f"train/{k}": float(v) for k, v in self.step_metrics().items()})
+            metrics = {f"train/{k}": float(v) for k, v in self.step_metrics().items()}
+            # Lightning writes the last value again for a name that this step has none for.
+            self._logged |= metrics.keys()
+            self.log_dict({**dict.fromkeys(self._logged, math.nan), **metrics})
             self._loss_since_log, self._steps_since_log = 0.0, 0
             self._tokens_since_log, self._last_log = 0, time.perf_counter()
         self._step = _Step()

@@ -17,8 +17,14 @@ _CURVES = {
     "reward": ("reward during training", r"train/reward"),
     "pass": ("pass@{k} on validation problems", r"val/(.+/)?pass@{k}"),
     "entropy": ("entropy of the policy (nats per token)", r"(train|val(/.+)?)/entropy"),
+    "mix": (
+        "weight of the demonstrations, and what it is made of",
+        r"train/mix/(mu|mu_raw|prior|alpha|sigma_r2|sigma_s2|delta2)",
+    ),
+    "branches": ("loss and gradient norm by branch", r"train/(loss|grad_norm)/.+"),
     "kl": ("divergence from the reference (nats)", r"(train|val(/.+)?)/kl(_reference)?"),
 }
+_OF_HYBRIDS = {"mix", "branches"}  # other arms lack them by nature
 _PER_ROW = 5  # arms whose bands can be told apart in one panel, besides the one in black
 
 
@@ -60,7 +66,8 @@ def pictures(results: Results, against: str, missing: list[str]) -> dict[str, by
                 bands = _bands(lines, partial(_curve, name=name))
                 if any(len(band.x) > 1 for band in bands.values()):
                     panels[name] = bands
-                    if lacking := [arm for arm in arms if arm not in bands]:
+                    lacking = [arm for arm in arms if arm not in bands]
+                    if lacking and kind not in _OF_HYBRIDS:
                         missing.append(f"{stage}: no {name} of {', '.join(lacking)} to draw")
             if panels:
                 title = f"{stage}: {title.replace('{k}', str(smallest))}"

@@ -204,6 +204,22 @@ class CountdownProblems(Problems):
         ]
 
 
+class ConcatProblems(Problems):
+    """Several sets as one.
+
+    Args:
+        parts: the sets, in order.
+    """
+
+    def __init__(self, parts: list[Problems]) -> None:
+        if not parts:
+            raise ValueError("ConcatProblems.parts is empty: name at least one set of problems.")
+        self.parts = parts
+
+    def load(self) -> list[Problem]:
+        return [problem for part in self.parts for problem in part.load()]
+
+
 def check_columns(name: str, problems: Iterable[Problem], needed: Iterable[str]) -> None:
     """Raises ValueError if a problem lacks a column that the reward `name` needs."""
     wanted = sorted(set(needed) - RESERVED)

@@ -7,6 +7,7 @@ import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from gift_lightning.receipt import read_receipt
 Key = tuple[str, int, str]
 """Arm, seed, stage."""
 
+_LARGE = 0.05  # a change of μ
 _STAGE = "run"  # of a run that no ablation has made
 
 
@@ -165,7 +167,21 @@ def _curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
             for name, text in row.items():
                 if text and name not in ("step", "epoch"):
                     curves.setdefault(name, []).append((int(row["step"]), float(text)))
-    return curves
+    return {**curves, **_derived(curves)}
+
+
+def _derived(curves: dict[str, list[tuple[int, float]]]) -> dict[str, list[tuple[int, float]]]:
+    """Of a whole run, at its last step: the area under the KL over steps (trapezoids, nats × steps)
+    and the number of changes of μ between two log entries that exceed 0.05. GAC's paper reports
+    both and defines neither."""
+    found = {}
+    if len(kl := curves.get("train/kl", [])) > 1:
+        area = sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in pairwise(kl))
+        found["train/kl_area"] = [(kl[-1][0], area)]
+    if len(mu := curves.get("train/mix/mu", [])) > 1:
+        large = sum(abs(b[1] - a[1]) > _LARGE + 1e-9 for a, b in pairwise(mu))
+        found["train/mix/large_changes"] = [(mu[-1][0], float(large))]
+    return found
 
 
 def _say(key: Key) -> str:
