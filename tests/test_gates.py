@@ -16,7 +16,7 @@ from gift_lightning.problems import CountdownProblems
 from gift_lightning.prompts import PromptData
 from gift_lightning.targets import DFT, LUFFYShaping, OneHot
 from test_grpo import Keep, here, weights
-from test_hybrid import RL, demonstrations, fit, gradients, hybrid, model, prompts
+from test_hybrid import RL, demonstrations, fit, gradients, hybrid, model, prompts, trainer
 
 NAN = math.nan
 GROUPS = Groups(
@@ -214,3 +214,17 @@ def test_prompts_without_a_demonstration_are_plain_rl():
     x = keep.experiences[0]
     have = [bool(module._pairs.of[i]) for i in x.problems.tolist()]
     assert len(x.demonstrations) == sum(have)
+
+
+def test_two_processes_train_as_one_does():
+    """They share the scoring of demonstrations, and deal them like completions."""
+    make, options = GATES["LUFFY"]
+    found = []
+    for parts, ranks in ((2, {}), (1, {"strategy": "ddp_spawn", "devices": 2})):
+        module = hybrid(make(), max_completion_length=8, **options)
+        start = weights(module)
+        run = trainer(4, accumulate_grad_batches=parts, **ranks)
+        run.fit(module, paired(batch_size=4))
+        found.append(weights(module) - start)
+    assert found[0].abs().max() > 1e-4
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-6)

@@ -27,6 +27,10 @@ LAB = [line for line in GIFT if line.startswith(("gift ablate", "gift compare"))
 SHORT = ["--trainer.max_steps", "2"]
 SFT_SIZES = ["--data.num_demonstrations", "64", "--data.num_eval", "8"]
 RL_SIZES = ["--data.train.size", "96", "--trainer.callbacks.sets.drawn.init_args.size", "8"]
+HYBRID_SIZES = [
+    *("--data.prompts.train.size", "96", "--data.demonstrations.num_demonstrations", "64"),
+    *("--data.demonstrations.num_eval", "8", *RL_SIZES[2:]),
+]
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +78,10 @@ def test_quickstart_in_two_minutes(checkout):
 
 @pytest.mark.parametrize("command", [line for line in GIFT[1:] if line not in LAB])
 def test_every_other_command_runs(command, checkout):
-    if "grpo.yaml" in command:
+    if "hybrid/" in command:
+        printed = run(command, checkout, *SHORT, *HYBRID_SIZES)
+        assert "with demonstrations towards" in printed and "Before and after training" in printed
+    elif "grpo.yaml" in command:
         printed = run(command, checkout, *SHORT, *RL_SIZES)
         assert "GRPO (" in printed and "Before and after training" in printed
         assert ("Brackets" in printed) is ("Brackets" in command)
