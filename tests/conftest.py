@@ -26,6 +26,7 @@ UNCHECKED = {
     "imitation",
     "onpolicy",
     "collector",
+    "export",
     "rollouts",
     "generation",
 }

@@ -6,13 +6,14 @@ import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import lightning.pytorch as pl
 import transformers
-from jsonargparse import set_parsing_settings
+from jsonargparse import ArgumentError, set_parsing_settings
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
@@ -71,7 +72,8 @@ _DEFAULTS: dict[str, Any] = {
 _MORE = (
     "Also: `gift ablate FILE` runs arms × seeds × stages of an experiment; `gift compare RUN...` "
     "tells which of their differences are real; `gift evaluate RUN --backend lm_eval` runs "
-    "lm-evaluation-harness on a finished run."
+    "lm-evaluation-harness on a finished run; `gift export --run RUN --out DIR` writes any of its "
+    "checkpoints as a Hugging Face folder."
 )
 
 
@@ -120,6 +122,21 @@ class GiftTrainer(pl.Trainer):
         model.policy.to(self.strategy.root_device)
         batch_size = datamodule.batch_size
         model.reference.write(model.policy, model.tokenizer, datamodule.sets, batch_size, overwrite)
+
+
+def build_model(said: dict[str, Any]) -> PolicyModule:
+    """The module that the `model` part of a config describes.
+
+    Raises:
+        ValueError: it does not parse, or cannot be built.
+    """
+    parser = _Parser(exit_on_error=False)
+    parser.add_lightning_class_args(PolicyModule, "model", subclass_mode=True)
+    try:
+        parsed = parser.parse_object({"model": said})
+    except ArgumentError as error:
+        raise ValueError(one_sentence(str(error))) from error
+    return cast(PolicyModule, parser.instantiate_classes(parsed).model)
 
 
 class GiftCLI(LightningCLI):
@@ -229,10 +246,8 @@ def main(args: Sequence[str] | None = None) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
     try:
-        if words[:1] in (["ablate"], ["compare"], ["evaluate"]):
-            from gift_lightning import ablate, compare, evaluate  # they import this module
-
-            {"ablate": ablate, "compare": compare, "evaluate": evaluate}[words[0]].main(words[1:])
+        if words[:1] in (["ablate"], ["compare"], ["evaluate"], ["export"]):
+            import_module(f"gift_lightning.{words[0]}").main(words[1:])  # they import this module
             return
         for word, after in pairwise([*words, ""]):
             flag, _, path = word.partition("=")

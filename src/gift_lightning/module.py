@@ -306,24 +306,38 @@ class PolicyModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["step_guard"] = self.guard.state_dict()
         checkpoint["num_tokens"] = self._num_tokens
+        checkpoint["end_ids"] = self.end_ids  # for an export without the data
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.guard.load_state_dict(checkpoint["step_guard"])
         self._num_tokens = checkpoint["num_tokens"]
 
-    def export(self, folder: str) -> None:
+    def export(
+        self,
+        folder: str,
+        model: PreTrainedModel | None = None,
+        ends: list[int] | None = None,
+        max_shard_size: str = "5GB",
+    ) -> None:
         """Writes a Hugging Face folder: safetensors, tokenizer, generation config.
 
         Adapters are written as such where their base can be loaded again, merged where it cannot
         (a GGUF file, random weights). Generation ends at the model's own end tokens and at those
         that were trained.
+
+        Args:
+            folder: where to.
+            model: the policy, or a copy of it in another form.
+            ends: what ends a completion, if the training data are not at hand.
+            max_shard_size: of one file of weights.
         """
         self.tokenizer.save_pretrained(folder)
-        model, base = self.model, base_model(self.model)
+        model = model or self.model
+        base, ends = base_model(self.model), ends or self.end_ids
         if isinstance(model, PeftModel) and not getattr(base, "can_be_loaded_again", True):
             model = copy.deepcopy(model).merge_and_unload()
-        model.save_pretrained(folder)
-        generation, ends = copy.deepcopy(base.generation_config), self.end_ids
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        generation = copy.deepcopy(base.generation_config)
         generation.eos_token_id = ends[0] if len(ends) == 1 else ends
         generation.save_pretrained(folder)
 

@@ -81,7 +81,7 @@ class Results:
         words = words[words.index("fit") :] if "fit" in words else words
         command = shlex.join(["gift", *words]) if words else ""
         versions = (receipt or {}).get("versions", {})
-        self.runs[key] = Result(folder, _curves(folder), command, versions)
+        self.runs[key] = Result(folder, read_curves(folder), command, versions)
         for name, names in ((key[0], self.arms), (key[2], self.stages)):
             if name not in names:
                 names.append(name)
@@ -160,7 +160,8 @@ def _read_run(folder: Path, name: str, results: Results) -> None:
         results.missing.append(f"{_say(key)}: {folder} has not finished (no hf/ in it)")
 
 
-def _curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
+def read_curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """What a run has logged: metric → (step, value), in the order of logging."""
     curves: dict[str, list[tuple[int, float]]] = {}
     with (folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):

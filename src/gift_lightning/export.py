@@ -1,0 +1,122 @@
+"""`gift export`: a checkpoint as a Hugging Face folder, which is loaded and compared at once."""
+
+import contextlib
+import copy
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import yaml
+from peft import AutoPeftModelForCausalLM, PeftModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from gift_lightning.card import model_card
+from gift_lightning.cli import build_model
+from gift_lightning.errors import CommandParser
+from gift_lightning.module import PolicyModule
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_SAMPLE = 16  # tokens of the greedy sample that must come out again
+
+
+def main(words: Sequence[str]) -> None:
+    """`gift export`."""
+    parser = CommandParser(
+        "gift export",
+        description="Write a checkpoint of a run as a Hugging Face folder: safetensors, tokenizer, "
+        "generation config and model card. It is loaded and compared before it stands there.",
+    )
+    add = parser.add_argument
+    add("--run", required=True, metavar="DIR", help="a run's folder")
+    add("--out", required=True, metavar="DIR", help="a folder that is new or empty")
+    add("--checkpoint", metavar="FILE", help="by default checkpoints/last.ckpt of the run")
+    add("--merge", action="store_true", help="adapters into their base")
+    add("--dtype", choices=_DTYPES, help="of the weights; by default as they were trained")
+    add("--max_shard_size", default="5GB", metavar="SIZE", help="of one file of weights")
+    add("--push_to_hub", metavar="OWNER/NAME", help="upload it as well, with your own login")
+    given = parser.parse_args(list(words))
+    run, out = Path(given.run), Path(given.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out: {out} is not empty, name a new folder.")
+    checkpoint = Path(given.checkpoint or run / "checkpoints" / "last.ckpt")
+    module, ends = load(run, checkpoint)
+    model = prepared(module.model, given.merge, given.dtype)
+    with _whole(out) as part:
+        module.export(str(part), model, ends, given.max_shard_size)
+        card = model_card(run, checkpoint.name, module.about, isinstance(model, PeftModel))
+        (part / "README.md").write_text(card, encoding="utf-8")
+        check(model, part)
+    print(f"Written to {out}; loaded again, logits and a greedy sample are the same.")
+    if given.push_to_hub:
+        cast(Any, model).push_to_hub(given.push_to_hub)
+        module.tokenizer.push_to_hub(given.push_to_hub)
+        print(f"Uploaded to {given.push_to_hub}.")
+
+
+def load(run: Path, checkpoint: Path) -> tuple[PolicyModule, list[int]]:
+    """The module of a run with the weights of a checkpoint, and what ends a completion.
+
+    Raises:
+        ValueError: one of them is not there, or they are not of the same model.
+    """
+    if not (run / "config.yaml").is_file():
+        raise ValueError(f"--run: {run} is no run, it has no config.yaml.")
+    if not checkpoint.is_file():
+        raise ValueError(f"{checkpoint} is no file: give --checkpoint.")
+    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    module = build_model(config["model"])
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    module.load_state_dict(state["state_dict"], strict=module.strict_loading)
+    return module.eval(), state["end_ids"]
+
+
+def prepared(model: PreTrainedModel, merge: bool, dtype: str | None) -> PreTrainedModel:
+    """The model as it will be written."""
+    if merge and not isinstance(model, PeftModel):
+        raise ValueError("--merge: the run has trained no adapters, drop it.")
+    if merge:
+        model = copy.deepcopy(model).merge_and_unload()
+    if dtype:
+        for parameter in model.parameters():  # rotary tables stay as they are, as when it is loaded
+            parameter.data = parameter.data.to(_DTYPES[dtype])
+        model.config.dtype = _DTYPES[dtype]
+    return model
+
+
+@torch.no_grad()
+def check(model: PreTrainedModel, folder: Path) -> None:
+    """Raises RuntimeError unless what lies in the folder computes what the model does."""
+    kind = AutoPeftModelForCausalLM if isinstance(model, PeftModel) else AutoModelForCausalLM
+    again: Any = kind.from_pretrained(str(folder), dtype=model.dtype, trust_remote_code=False)
+    ids = torch.arange(1, 9)[None]
+    found = [_greedy(one.eval(), ids) for one in (cast(Any, model), again)]
+    if not torch.equal(found[0][0], found[1][0]) or found[0][1] != found[1][1]:
+        difference = float((found[0][0] - found[1][0]).abs().max())
+        raise RuntimeError(
+            f"the folder was written, but its model computes something else (logits differ by "
+            f"{difference:.2g}): nothing was kept."
+        )
+
+
+def _greedy(model: Any, ids: Tensor) -> tuple[Tensor, list[int]]:
+    logits = model(input_ids=ids, use_cache=False).logits
+    options = {"max_new_tokens": _SAMPLE, "do_sample": False, "attention_mask": ids > 0}
+    return logits, model.generate(input_ids=ids, **options)[0].tolist()
+
+
+@contextlib.contextmanager
+def _whole(out: Path) -> Iterator[Path]:
+    """A folder to write into that becomes `out` if all goes well, and is gone otherwise."""
+    part = out.with_name(f".{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        if out.is_dir():
+            out.rmdir()
+        part.rename(out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)

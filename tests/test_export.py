@@ -1,0 +1,139 @@
+"""`gift export`: what is written computes what the checkpoint does, whole or not at all."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from gift_lightning import export
+from gift_lightning.cli import main
+from test_cli import TINY
+
+LORA = {
+    "class_path": "gift_lightning.models.causal_lm",
+    "init_args": {"pretrained": "gift:countdown", "lora": {"r": 2}},
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two runs of four steps, with a checkpoint in the middle: all weights, and adapters."""
+    folder = tmp_path_factory.mktemp("runs")
+    config = yaml.safe_load(TINY)
+    config["trainer"].pop("enable_checkpointing", None)
+    checkpoint = {"every_n_train_steps": 2, "save_top_k": -1, "save_last": True}
+    checkpoint["filename"] = "{step}"
+    config["trainer"]["callbacks"] = [{"class_path": "ModelCheckpoint", "init_args": checkpoint}]
+    for name in ("full", "lora"):
+        if name == "lora":
+            config["model"]["init_args"]["model"] = LORA
+            config["model"]["init_args"]["reference"] = "AdapterOff"
+        root = str(folder / name)
+        config["trainer"]["callbacks"][0]["init_args"]["dirpath"] = f"{root}/checkpoints"
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
+        words = ["fit", "--config", str(folder / f"{name}.yaml"), "--trainer.max_steps", "4"]
+        main([*words, "--trainer.default_root_dir", root])
+    return folder
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = torch.load(path, weights_only=True)["state_dict"]
+    return {name.removeprefix("policy.model."): x for name, x in state.items()}
+
+
+def test_the_end_is_what_training_exported(runs: Path, tmp_path: Path) -> None:
+    main(["export", "--run", str(runs / "full"), "--out", str(tmp_path / "out")])
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    theirs = AutoModelForCausalLM.from_pretrained(runs / "full" / "hf").state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    ends = [
+        json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+        for folder in (tmp_path / "out", runs / "full" / "hf")
+    ]
+    assert ends[0] == ends[1]
+    AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert [x.name for x in tmp_path.iterdir()] == ["out"]
+
+
+def test_any_checkpoint_in_several_files_and_another_precision(runs: Path, tmp_path: Path) -> None:
+    middle = runs / "full" / "checkpoints" / "step=2.ckpt"
+    words = ["--run", str(runs / "full"), "--checkpoint", str(middle), "--out", str(tmp_path / "x")]
+    main(["export", *words, "--dtype", "bfloat16", "--max_shard_size", "2KB"])
+    assert len(list((tmp_path / "x").glob("model-*.safetensors"))) > 1
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "x")
+    assert found.dtype == torch.bfloat16
+    saved = weights(middle)
+    for name, x in found.named_parameters():
+        assert torch.equal(x, saved[name].bfloat16())
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_adapters_stay_or_are_merged(runs: Path, tmp_path: Path, merge: bool) -> None:
+    out = tmp_path / "deep" / "out"
+    words = ["export", "--run", str(runs / "lora"), "--out", str(out)]
+    main([*words, *(["--merge"] if merge else [])])
+    kind = AutoModelForCausalLM if merge else AutoPeftModelForCausalLM
+    ids = torch.arange(1, 7)[None]
+    with torch.no_grad():
+        found = kind.from_pretrained(out)(input_ids=ids).logits
+        expected = AutoPeftModelForCausalLM.from_pretrained(runs / "lora" / "hf")(input_ids=ids)
+    torch.testing.assert_close(found, expected.logits, rtol=1e-5, atol=1e-5)
+    assert (out / "adapter_config.json").is_file() is not merge
+    assert yaml.safe_load((out / "README.md").read_text().split("---")[1])["library_name"] == (
+        "transformers" if merge else "peft"
+    )
+
+
+def test_the_card_says_how_it_was_made(runs: Path, tmp_path: Path) -> None:
+    main(["export", "--run", str(runs / "full"), "--out", str(tmp_path / "out")])
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "SFT towards GIFT(beta=3" in card and "last.ckpt" in card
+    assert "[2601.09233](https://arxiv.org/abs/2601.09233)" in card
+    assert "val/in/nll" in card and "CountdownData" in card
+    assert (runs / "full" / "config.yaml").read_text() in card
+
+
+def test_a_folder_that_computes_something_else_is_not_kept(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = export.model_card
+
+    def spoil(*args: object) -> str:
+        path = next(tmp_path.glob(".out.part/*.safetensors"))
+        path.write_bytes(path.read_bytes()[:-400] + bytes(400))
+        return real(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(export, "model_card", spoil)
+    with pytest.raises(RuntimeError, match="computes something else"):
+        export.main(["--run", str(runs / "full"), "--out", str(tmp_path / "out")])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--run", "{runs}/nothing"], "has no config.yaml"),
+        (["--run", "{runs}/full", "--checkpoint", "{runs}/no.ckpt"], "no.ckpt is no file"),
+        (["--run", "{runs}/full", "--merge"], "trained no adapters"),
+        (["--run", "{runs}/full", "--out", "{runs}/full"], "is not empty"),
+        (
+            ["--run", "{runs}/full", "--checkpoint", "{runs}/lora/checkpoints/last.ckpt"],
+            "of another model",
+        ),
+    ],
+)
+def test_what_cannot_be_exported(
+    runs: Path, tmp_path: Path, words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [word.format(runs=runs) for word in words]
+    out = [] if "--out" in given else ["--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as stopped:
+        main(["export", *given, *out])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 1 and said in error and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
