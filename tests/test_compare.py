@@ -328,10 +328,12 @@ def test_pictures_show_every_arm(tmp_path, monkeypatch):
 
 
 def test_hybrids_have_their_own_pictures_and_numbers(tmp_path):
-    """Area by trapezoids over uneven steps: 10 · 0.2 + 20 · 0.25; changes of μ above 0.05: two."""
-    mu, kl = [0.5, 0.44, 0.40, 0.60], [0.1, 0.3, 0.2]
-    log = [{"step": 5 * i, "train/mix/mu": x, "train/mix/prior": x / 2} for i, x in enumerate(mu)]
-    log += [{"step": step, "train/kl": x} for step, x in zip((0, 10, 30), kl, strict=True)]
+    """Area by trapezoids over uneven steps, without what is missing: 10 · 0.2 + 20 · 0.25; a half
+    of ten steps and a tenth of twenty."""
+    log = [{"step": 5 * i, "train/mix/mu": x} for i, x in enumerate([0.5, 0.44, 0.40, 0.60])]
+    kl = {0: 0.1, 10: 0.3, 20: math.nan, 30: 0.2}
+    log += [{"step": step, "train/kl": x} for step, x in kl.items()]
+    log += [{"step": step, "train/mix/large_changes": x} for step, x in {9: 0.5, 29: 0.1}.items()]
     folders = {
         name: lay(tmp_path / name, [*more, {"step": 30, "val/in/pass@1": 0.3}])
         for name, more in (("gac", log), ("grpo", []))
@@ -339,7 +341,7 @@ def test_hybrids_have_their_own_pictures_and_numbers(tmp_path):
     results = read_results([f"{name}={folder}" for name, folder in folders.items()])
     curves = results.of("gac", "run")[0].curves
     assert curves["train/kl_area"] == [(30, pytest.approx(7.0))]
-    assert curves["train/mix/large_changes"] == [(15, 2.0)]
+    assert curves["train/mix/num_large_changes"] == [(29, pytest.approx(7.0))]
     missing: list[str] = []
     assert "run-mix.png" in pictures(results, "grpo", missing)
     assert not any("mix" in sentence for sentence in missing)

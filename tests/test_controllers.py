@@ -126,6 +126,15 @@ def test_empty_branches() -> None:
         assert released.smoothed[empty] == 0.0
 
 
+def test_a_statistic_that_is_no_number_is_left_out() -> None:
+    for bad in (MixStats(0.3, 0.1, NAN), MixStats(math.inf, 0.1, 0.2), MixStats(0.3, NAN, 0.2)):
+        gac = GAC(update_every=1)
+        gac.update(MixStats(0.2, 0.2, 0.2), 0)
+        before = gac.smoothed.copy()
+        gac.update(bad, 1)
+        assert gac.smoothed == before and gac.last_update == 0 and 0 <= gac.mu <= 1
+
+
 def constant(stats: MixStats, steps: int, **options: Any) -> GAC:
     gac = GAC(**{"prior": None, "ema_beta": 0.5, "change_cap": 1.0, **options})
     for step in range(steps):

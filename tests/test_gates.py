@@ -46,7 +46,7 @@ def test_hpt_imitates_what_is_solved_too_rarely():
         expected = group_advantages(GROUPS.rewards)
         expected[imitated] = 0.0
         assert torch.equal(decision.advantages, expected)
-        assert gate.mu == len(imitated) / 6 and gate.weight == 0.3
+        assert gate.parts() == {"share": len(imitated) / 6} and gate.weight == 0.3
 
 
 def test_relift_waits():
@@ -60,7 +60,7 @@ def test_relift_waits():
         assert second.demonstrations.tolist() == [7, 9, 7, 9] and one.waiting == []
         assert torch.equal(second.advantages, group_advantages(GROUPS.rewards))
         assert second.counted.all()
-    assert gate.parts() == {"waiting": 0.0}
+    assert gate.parts() == {"share": 2 / 6, "waiting": 0.0}
 
 
 @pytest.mark.parametrize("scale", ["group", "none"])
@@ -118,7 +118,7 @@ def test_any_split_of_a_step_gives_the_same_gradient(name):
         gate = make()
         module = hybrid(gate, "Rare" if name in ("HPTGate", "ReLIFT") else "Even", **options)
         keep = gradients(module, paired(parts), steps=3, accumulate_grad_batches=parts)
-        assert gate.mu > 0
+        assert gate.share > 0
         found.append(torch.stack(keep))
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-6)
 
@@ -195,6 +195,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(name, stop, tmp_path):
         (lambda: SRFT(imitation=-1.0), "at least 0"),
         (lambda: hybrid(LUFFY(), max_resamples=2), "max_resamples"),
         (lambda: hybrid(SRFT(), target=DFT()), "drop model.target"),
+        (lambda: hybrid(LUFFY(), reduction="sequence"), "drop model.reduction"),
         (
             lambda: fit(hybrid(LUFFY()), HybridData(prompts(), demonstrations())),
             "none of the 12 prompts has one",
@@ -228,3 +229,38 @@ def test_two_processes_train_as_one_does():
         found.append(weights(module) - start)
     assert found[0].abs().max() > 1e-4
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["ReLIFT", "HPTGate"])
+def test_demonstrations_over_the_steps_of_a_rollout(name):
+    """Two steps and two passes: ReLIFT's wait for the first step and are trained once, HPT's are
+    dealt over the steps and passes as the completions that they replace."""
+    seen = []
+
+    class Look(pl.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            chosen = module.experience.demonstrations.tolist()
+            seen.append((chosen, module.demonstrations["sample_ids"].tolist()))
+
+    make, options = GATES[name]
+    fit(
+        hybrid(make(), "Rare", **options),
+        paired(batch_size=8, num_iterations=2),
+        steps=8,
+        callbacks=[Look()],
+    )
+    assert any(chosen for chosen, _ in seen)
+    for first in (0, 4):
+        chosen = sorted(seen[first][0])
+        trained = [ids for _, ids in seen[first : first + 4]]
+        if name == "ReLIFT":
+            assert sorted(trained[0]) == chosen and trained[1:] == [[], [], []]
+        else:
+            assert sorted(trained[0] + trained[1]) == chosen == sorted(trained[2] + trained[3])
+
+
+def test_a_gate_needs_no_stream_of_demonstrations():
+    """More in a batch than there are, which only a stream would need."""
+    data = paired()
+    data.demonstrations.batch_size = 1000
+    fit(hybrid(LUFFY()), data)

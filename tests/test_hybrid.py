@@ -1,7 +1,6 @@
 """RL and imitation in one step: exact limits, exact splits, the same μ everywhere, resume."""
 
 import json
-import math
 from functools import partial
 
 import lightning.pytorch as pl
@@ -10,7 +9,7 @@ import torch
 from torch.optim import SGD
 
 from formulas import INSTANCES
-from gift_lightning.controllers import GAC, Constant, KLController, Schedule
+from gift_lightning.controllers import GAC, Constant, Controller, KLController, Schedule
 from gift_lightning.countdown_data import CountdownData
 from gift_lightning.grpo import GRPO
 from gift_lightning.hybrid import Hybrid
@@ -20,7 +19,7 @@ from gift_lightning.problems import CountdownProblems
 from gift_lightning.prompts import PromptData
 from gift_lightning.references import FrozenCopy
 from gift_lightning.sft import SFT
-from gift_lightning.targets import GIFT, CHORDPhi, Distillation, OneHot
+from gift_lightning.targets import GIFT, CHORDPhi, Distillation
 from test_grpo import Keep, here, weights
 
 RL = {"max_completion_length": 16, "reward_workers": 1}
@@ -73,20 +72,29 @@ def fit(module, data, steps=1, callbacks=(), ckpt_path=None, **options):
 
 
 class Gradients(pl.Callback):
+    """Of every step; and how many completions each micro-batch trained."""
+
     def __init__(self):
-        self.all = []
+        self.all, self.num_trained = [], []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if isinstance(module, GRPO):
+            self.num_trained.append(len(module.batch["sample_ids"]))
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
         self.all.append(torch.cat([p.grad.flatten() for p in module.parameters()]))
 
 
 def gradients(module, data, **options):
+    return watched(module, data, **options).all
+
+
+def watched(module, data, steps=1, **options):
     keep = Gradients()
-    fit_options = {"steps": 1, **options}
     pl.seed_everything(0, verbose=False)
-    trainer(fit_options.pop("steps"), [keep], **fit_options).fit(module, data)
+    trainer(steps, [keep], **options).fit(module, data)
     assert keep.all[0].abs().max() > 1e-5
-    return keep.all
+    return keep
 
 
 # The reference is the policy, which distillation from it alone leaves as it is.
@@ -133,8 +141,9 @@ def test_any_split_of_a_step_gives_the_same_gradient_and_mu(reduction):
     for parts in (1, 4):
         gac = GAC(update_every=1, ema_beta=0.5, change_cap=1.0, prior=None)
         module = hybrid(gac, "Rare", reduction=reduction, target=CHORDPhi())
-        keep = gradients(module, both(parts), steps=4, accumulate_grad_batches=parts)
-        found.append((torch.stack(keep), gac))
+        keep = watched(module, both(parts), steps=4, accumulate_grad_batches=parts)
+        found.append((torch.stack(keep.all), gac))
+    assert 0 in keep.num_trained and max(keep.num_trained) > 0
     torch.testing.assert_close(found[0][0], found[1][0], rtol=0, atol=1e-6)
     states = [gac.state_dict() for _, gac in found]
     assert states[0]["smoothed"] == pytest.approx(states[1]["smoothed"], rel=1e-5)
@@ -146,14 +155,15 @@ class Record(pl.Callback):
     """Which μ a rank used, step by step."""
 
     def __init__(self, folder):
-        self.folder, self.mus = folder, []
+        self.folder, self.mus, self.num_trained = folder, [], []
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
         self.mus.append([module.controller.mu, module.controller.mu_raw])
+        self.num_trained.append(len(module.batch["sample_ids"]))
 
     def on_train_end(self, trainer, module):
         (self.folder / f"{trainer.world_size}-{trainer.global_rank}.json").write_text(
-            json.dumps(self.mus)
+            json.dumps([self.mus, self.num_trained])
         )
 
 
@@ -161,20 +171,22 @@ class Record(pl.Callback):
 def test_two_processes_train_as_one_does(estimator, reward, tmp_path):
     """μ is the same on both, bit for bit, though each sees other demonstrations, and of a rank's
     completions none may have an advantage."""
+    kl_target = 0.02 if estimator == "gradient" else None  # for which all completions are trained
     found = []
     options = {"max_completion_length": 8, "reference": FrozenCopy()}
     for parts, ranks in ((4, {}), (2, {"strategy": "ddp_spawn", "devices": 2})):
         gac = GAC(
-            update_every=1, ema_beta=0.5, change_cap=0.05, estimator=estimator, kl_target=0.02
+            update_every=1, ema_beta=0.5, change_cap=0.05, estimator=estimator, kl_target=kl_target
         )
         module = hybrid(gac, reward, **options)
         start = weights(module)
         data = both(4)
         trainer(6, [Record(tmp_path)], accumulate_grad_batches=parts, **ranks).fit(module, data)
         found.append(weights(module) - start)
-    one, first, second = (
+    (one, _), (first, trained), (second, also_trained) = (
         json.loads((tmp_path / f"{name}.json").read_text()) for name in ("1-0", "2-0", "2-1")
     )
+    assert (0 in trained + also_trained) is (reward == "Rare")
     assert first == second and len({mu for mu, _ in first}) > 3
     if estimator == "proxy":  # the other one depends on what lies in a micro-batch
         torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-6)
@@ -196,9 +208,6 @@ def test_statistics_are_those_of_the_padded_batch():
     experience, stats = seen[0]
     fresh = causal_lm("gift:countdown")
     fresh.load_state_dict(before)
-    data = both()
-    data.trainer = trainer(1)
-    data.trainer.strategy.connect(module)
     rows = [(p, True) for p in demonstration_logp(fresh, module)]
     rows += [
         (p, False) for p in experience.sampler_logp.split(experience.completion_lengths.tolist())
@@ -290,6 +299,7 @@ def test_the_log_tells_what_mu_was_made_of(tmp_path):
     rows = [m for m in logged if "train/mix/mu" in m]
     assert len(rows) == 2
     mix = {"mu", "mu_raw", "sigma_r2", "sigma_s2", "delta2", "alpha", "prior", "capped"}
+    mix |= {"large_changes"}
     assert {k.removeprefix("train/mix/") for k in rows[1] if "/mix/" in k} == mix
     loss = rows[0]["train/loss"]
     parts = 0.5 * (rows[0]["train/loss/rollouts"] + rows[0]["train/loss/demonstrations"])
@@ -347,14 +357,87 @@ def test_a_target_of_the_data_and_validation_sets(tmp_path):
     assert not any(name.startswith("val/") for name in run.callback_metrics)
 
 
-def test_the_policy_learns_from_both():
-    torch.manual_seed(0)
-    module = hybrid(Constant(0.5), target=OneHot(), lr=0.5)
-    nll = []
+class Both(Controller):
+    """A user's own rule, which does not say what it reads."""
 
-    class Look(pl.Callback):
-        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-            nll.append(float(outputs["loss"]))
+    def __init__(self, mu=0.5, measures=()):
+        self.mu, self._measures = mu, frozenset(measures)
 
-    fit(module, both(), steps=3, callbacks=[Look()])
-    assert all(math.isfinite(x) for x in nll)
+    @property
+    def measures(self):
+        return self._measures
+
+    def update(self, stats, step):
+        return self.mu
+
+
+def test_a_rule_of_ones_own_stays_within_its_bounds():
+    with pytest.raises(ValueError, match="Both set μ to 1"):
+        fit(hybrid(Both(1.5)), both())
+    with pytest.raises(ValueError, match="Both reads proxies, and only a GAC"):
+        hybrid(Both(measures={"proxy"}))
+
+
+class Stats(pl.Callback):
+    def __init__(self):
+        self.all = []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.all.append(module._stats)
+
+
+def test_a_step_without_any_advantage_says_so():
+    """No reward tells anything; or what does is truncated, and masked."""
+    for reward, options in (
+        ("Nothing", {}),
+        ("Even", {"mask_truncated": True, "max_completion_length": 2}),
+    ):
+        seen, gac = Stats(), GAC(update_every=1, prior=None)
+        fit(hybrid(gac, reward, **options), both(), steps=3, callbacks=[seen])
+        assert [x.has_signal for x in seen.all] == [False] * 3
+        assert gac.mu == pytest.approx(0.52) and not gac.smoothed  # two updates towards mu_max
+
+
+def test_the_kl_is_that_of_all_completions():
+    """Also where no completion is trained, and the same whatever the objective does with it."""
+    found = []
+    for kl_weight in (0.0, 1e-9):
+        seen = Stats()
+        module = hybrid(KLController(), "Rare", reference=FrozenCopy(), kl_weight=kl_weight, lr=1.0)
+        fit(module, both(), steps=4, callbacks=[seen])
+        found.append([x.kl for x in seen.all])
+    assert found[0] == pytest.approx(found[1], rel=1e-3) and found[0][-1] > 1e-3
+
+
+def test_options_are_the_configs_also_in_a_resumed_run(tmp_path):
+    checkpoint = pl.callbacks.ModelCheckpoint(tmp_path)
+    for first, second, said in (
+        (Constant(0.1), Constant(0.9), {"mu": 0.9}),
+        (GAC(alpha=0.5), GAC(alpha=0.9), {"alpha": 0.9}),
+    ):
+        checkpoint = pl.callbacks.ModelCheckpoint(tmp_path / type(first).__name__)
+        fit(hybrid(first), both(), callbacks=[checkpoint])
+        path = next((tmp_path / type(first).__name__).glob("*.ckpt"))
+        fit(hybrid(second), both(), steps=2, ckpt_path=path)
+        assert {name: getattr(second, name) for name in said} == said
+
+
+def test_another_fit_starts_with_a_fresh_controller():
+    gac = GAC(update_every=5)
+    module = hybrid(gac)
+    fit(module, both(), steps=4)
+    used = gac.state_dict()
+    fit(module, both(), steps=1)
+    assert gac.mu == 0.5 and gac.last_update is None and used["last_update"] == 1
+
+
+def test_a_checkpoint_of_grpo_is_refused(tmp_path):
+    checkpoint = pl.callbacks.ModelCheckpoint(tmp_path)
+    fit(model(GRPO, [here("Even")], **RL), prompts(), callbacks=[checkpoint])
+    with pytest.raises(ValueError, match="with controller None"):
+        fit(hybrid(GAC()), both(), steps=2, ckpt_path=next(tmp_path.glob("*.ckpt")))
+
+
+def test_a_limit_that_cuts_a_step_is_refused():
+    with pytest.raises(ValueError, match="limit_train_batches cuts an optimizer step"):
+        fit(hybrid(GAC()), both(2), accumulate_grad_batches=2, limit_train_batches=3)

@@ -1,29 +1,27 @@
-"""A control for the lab: GAC whose statistics say nothing."""
+"""A control for the lab: GAC whose statistics say nothing about the current step."""
 
-import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
+import random
+from typing import Any
 
-from gift_lightning.controllers import GAC
+from gift_lightning.controllers import GAC, MixStats
 
 
 class ShuffledGAC(GAC):
-    """GAC with the coefficients of all tokens of a step permuted before they are compared.
+    """GAC with each statistic drawn at random from all that it has measured so far.
 
-    GAC's authors report that its proxy then says nothing about the gradients (a correlation of
-    about 0 instead of 0.84).
+    The values are those of the run, their order is not: what is left of GAC is its prior and the
+    level of its statistics.
     """
 
-    def rows(
-        self,
-        logp: Float[Tensor, " n"],
-        advantages: Float[Tensor, " n"],
-        row: Int[Tensor, " n"],
-        is_demonstration: Bool[Tensor, " b"],
-    ) -> Float[Tensor, "b 3"]:
-        generator = torch.Generator().manual_seed(len(logp))
-        logp, advantages = (
-            x.cpu()[torch.randperm(len(x), generator=generator)].to(x.device)
-            for x in (logp, advantages)
-        )
-        return super().rows(logp, advantages, row, is_demonstration)
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.seen: list[list[float]] = []
+        self._state += ("seen",)
+
+    def update(self, stats: MixStats | None, step: int) -> float:
+        if stats is not None and self.is_due(step):
+            self.seen.append([stats.sigma_r2, stats.sigma_s2, stats.delta2])
+            draw = random.Random(step)
+            chosen = [draw.choice(column) for column in zip(*self.seen, strict=True)]
+            stats = MixStats(*chosen, kl=stats.kl, has_signal=stats.has_signal)
+        return super().update(stats, step)

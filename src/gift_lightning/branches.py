@@ -40,7 +40,9 @@ class BranchGradients:
             flat = torch.cat([(p * 0 if g is None else g).flatten().float() for g, p in zipped])
             flat = flat.detach()
             self._sums[branch] = self._sums.get(branch, 0.0) + flat
-            self._energies[branch] = self._energies.get(branch, 0.0) + float(flat.square().sum())
+            self._energies[branch] = self._energies.get(branch, 0.0) + float(
+                torch.linalg.vector_norm(flat, dtype=torch.float64).square()
+            )
         self._count += 1
 
     def take(self, reduce: Reduce) -> tuple[dict[str, float], MixStats]:
@@ -48,9 +50,11 @@ class BranchGradients:
 
         Returns:
             The norm of each branch's gradient and their cosine, and the noise of each with their
-            squared distance. Between m micro-batches, (mean ‖g‖² − ‖mean g‖²)/(m − 1) is an
-            unbiased estimate of the variance of the mean, and so is ‖mean g_s − mean g_r‖² less
-            both variances of the distance, before it is kept at 0 or above; for m = 1 all are NaN.
+            squared distance. Between m micro-batches drawn at random, (mean ‖g‖² − ‖mean g‖²)/(m −
+            1) is an unbiased estimate of the variance of the mean, and so is ‖mean g_s − mean
+            g_r‖² less both variances of the distance, before it is kept at 0 or above; for m = 1
+            all are NaN. Micro-batches are cut by length here, which adds to the noise what length
+            does to gradients.
         """
         count = int(reduce(torch.tensor(float(self._count)), "sum"))
         means, noise = {}, {ROLLOUTS: math.nan, DEMONSTRATIONS: math.nan}
@@ -72,7 +76,8 @@ class BranchGradients:
 
 def last_block(model: nn.Module) -> list[nn.Parameter]:
     """The trainable parameters of the last transformer block, or all if it has none."""
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
-    blocks = max(lists, key=len, default=None)
+    lists = {k: m for k, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+    inner = {k for k in lists for outer in lists if k.startswith(f"{outer}.")}  # such as experts
+    blocks = max((m for k, m in lists.items() if k not in inner), key=len, default=None)
     own = [] if blocks is None else [p for p in blocks[-1].parameters() if p.requires_grad]
     return own or [p for p in model.parameters() if p.requires_grad]

@@ -8,7 +8,7 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -63,7 +63,8 @@ class Controller(ABC):
     mu: float
     mu_min: float = 0.0
     mu_max: float = 1.0
-    _state: ClassVar[tuple[str, ...]] = ("mu",)
+    _state: tuple[str, ...] = ()
+    """Attributes that change in a run; options are the config's, also when it is resumed."""
 
     @property
     def measures(self) -> frozenset[Measure]:
@@ -78,6 +79,10 @@ class Controller(ABC):
             stats: of the step before, None where there is none.
             step: which it is.
         """
+
+    def is_due(self, step: int) -> bool:
+        """Whether `update` at that step will read what it measures."""
+        return bool(self.measures)
 
     def parts(self) -> dict[str, float]:
         """What μ was made of, for the log."""
@@ -172,6 +177,8 @@ class KLController(Controller):
         mu_max: largest μ.
     """
 
+    _state = ("mu",)
+
     def __init__(
         self,
         target: float = 0.02,
@@ -238,8 +245,6 @@ class GAC(Controller):
             0.95. GAC's paper aims at 0.02 by a law that is not published: a reconstruction.
     """
 
-    _state = ("mu", "mu_raw", "average", "alpha", "capped", "smoothed", "last_update")
-
     def __init__(
         self,
         alpha: float = 0.5,
@@ -286,6 +291,9 @@ class GAC(Controller):
         self.capped = False
         self.smoothed: dict[str, float] = {}
         self.last_update: int | None = None
+        self._state = ("mu", "mu_raw", "average", "capped", "smoothed", "last_update")
+        if kl_target:  # otherwise it is an option
+            self._state += ("alpha",)
         self._prior_now = math.nan
 
     @property
@@ -341,6 +349,10 @@ class GAC(Controller):
 
     # The recurrence.
 
+    def is_due(self, step: int) -> bool:
+        late = self.last_update is None or step - self.last_update >= self.update_every
+        return late or self.kl_target is not None
+
     def update(self, stats: MixStats | None, step: int) -> float:
         if stats is None:
             return self.mu
@@ -348,8 +360,9 @@ class GAC(Controller):
         if self.kl_target:
             self.alpha = _followed(self.alpha, stats.kl, self.kl_target, 0.1, 0.1, 0.95)
         due = self.last_update is None or step - self.last_update >= self.update_every
-        empty = math.isnan(stats.sigma_r2) or math.isnan(stats.sigma_s2)
-        if due and (released or (stats.has_signal and not empty)):
+        found = (stats.sigma_r2, stats.sigma_s2, stats.delta2)
+        whole = stats.has_signal and all(map(math.isfinite, found))
+        if due and (whole or (released and math.isfinite(stats.delta2))):
             self._smooth(stats)
             self.last_update = step
         s = {"sigma_r2": 1.0, "sigma_s2": 1.0, "delta2": 0.0, **self.smoothed}

@@ -46,8 +46,7 @@ class Experience:
     step's own are those."""
     demonstrations: Int[Tensor, " d"] | None = None
     """Indices of demonstrations to be trained with it, by a gate's decision."""
-    weights: Float[Tensor, " d"] | None = None
-    """What each of them weighs."""
+    demonstration_weights: Float[Tensor, " d"] | None = None
 
     def __len__(self) -> int:
         return len(self.rewards)

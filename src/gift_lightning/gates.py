@@ -16,8 +16,6 @@ from torch import Tensor
 from gift_lightning.controllers import Controller, MixStats
 from gift_lightning.policy_loss import sequence_mean
 
-_SOLVED = 1.0 - 1e-9  # weights such as 0.7, 0.2 and 0.1 sum up to a little less than 1
-
 
 @dataclass(frozen=True)
 class Groups:
@@ -49,11 +47,11 @@ Advantages = Callable[[Float[Tensor, "p g"]], Float[Tensor, "p g"]]
 
 
 class Gate(Controller):
-    """A rule for each prompt.
+    """A rule for each prompt. There is no μ: the rollouts' loss counts once.
 
     Attributes:
-        mu: share of the rollout's prompts whose demonstration was chosen.
-        weight: factor on the demonstrations' mean loss, beside a factor of 1 on the rollouts'.
+        weight: factor on the demonstrations' mean loss.
+        share: of the rollout's prompts whose demonstration was chosen.
     """
 
     scores: ClassVar[bool] = False
@@ -61,8 +59,14 @@ class Gate(Controller):
     joint: ClassVar[bool] = False
     """Whether rollouts and demonstrations are averaged over together, by RL's rule; otherwise each
     over its own."""
+    at_once: ClassVar[bool] = False
+    """Whether the demonstrations are trained in the rollout's first step, all of them, instead of
+    being dealt over its steps and passes as the completions are."""
+    own_loss: ClassVar[bool] = False
+    """Whether `demonstration_losses` stands for the target."""
     mu = 0.0
     weight: float = 1.0
+    share: float = 0.0
 
     @abstractmethod
     def decide(self, groups: Groups, advantages: Advantages) -> Decision:
@@ -72,8 +76,31 @@ class Gate(Controller):
         return self.mu
 
     def _chosen(self, groups: Groups, which: Bool[Tensor, " p"]) -> Int[Tensor, " d"]:
-        self.mu = float(which.double().mean())
+        self.share = float(which.double().mean())
         return groups.demonstrations[which]
+
+    def parts(self) -> dict[str, float]:
+        return {"share": self.share}
+
+    def demonstration_losses(
+        self,
+        logp: Float[Tensor, " n"],
+        entropy: Float[Tensor, " n"],
+        sequences: Int[Tensor, " n"],
+        weights: Float[Tensor, " n"],
+    ) -> Float[Tensor, " n"]:
+        """Per token, from its label's log-probability, the entropy there and the demonstration's
+        weight; for `own_loss`."""
+        raise NotImplementedError
+
+    def rollout_advantages(
+        self,
+        advantages: Float[Tensor, " n"],
+        entropy: Float[Tensor, " n"],
+        sequences: Int[Tensor, " n"],
+    ) -> Float[Tensor, " n"]:
+        """What the rollouts' tokens are trained with."""
+        return advantages
 
 
 class HPTGate(Gate):
@@ -85,20 +112,23 @@ class HPTGate(Gate):
     `advantage_scale: none`. Prompts without a demonstration are left alone here.
 
     Args:
-        threshold: largest share of solved completions (reward of 1 or more) that is imitated: 0 for
-            Qwen, 0.25 for Llama in the official scripts.
+        threshold: largest share of solved completions that is imitated: 0 for Qwen, 0.25 for Llama
+            in the official scripts.
         weight: factor on the demonstrations' loss.
+        solved_at: reward from which on a completion is solved.
     """
 
-    def __init__(self, threshold: float = 0.0, weight: float = 1.0) -> None:
+    def __init__(self, threshold: float = 0.0, weight: float = 1.0, solved_at: float = 1.0) -> None:
         if not 0 <= threshold < 1:
             raise ValueError(f"HPTGate: threshold is a share from 0 to below 1, got {threshold}.")
         if not weight > 0:
             raise ValueError(f"HPTGate: weight must be above 0, got {weight}.")
-        self.threshold, self.weight = threshold, weight
+        self.threshold, self.weight, self.solved_at = threshold, weight, solved_at
 
     def decide(self, groups: Groups, advantages: Advantages) -> Decision:
-        imitated = (_solved(groups) <= self.threshold) & (groups.demonstrations >= 0)
+        imitated = (_solved(groups, self.solved_at) <= self.threshold) & (
+            groups.demonstrations >= 0
+        )
         kept = advantages(groups.rewards).masked_fill(imitated[:, None], 0.0)
         chosen = self._chosen(groups, imitated)
         return Decision(kept, ~imitated, chosen, torch.ones(len(chosen)))
@@ -108,26 +138,29 @@ class ReLIFT(Gate):
     """ReLIFT (arXiv 2506.07527): demonstrations of unsolved prompts are kept for an SFT step.
 
     RL goes on at every step; once `size` demonstrations are waiting, their mean loss is added to
-    one. The authors take that step with an optimizer of its own and an entropy bonus of 0.001, and
-    clip the two gradients apart (0.7 and 1.0); here it shares the step, optimizer and clipping.
+    the first step of a rollout, in its accumulate_grad_batches x devices micro-batches. The authors
+    take that step with an optimizer of its own and an entropy bonus of 0.001, and clip the two
+    gradients apart (0.7 and 1.0); here it shares the step, optimizer and clipping.
 
     Args:
         size: demonstrations that an SFT step waits for; the paper's scripts take 128.
         weight: factor on their loss.
+        solved_at: reward from which on a completion is solved.
     """
 
-    _state = ("mu", "waiting")
+    _state = ("share", "waiting")
+    at_once = True
 
-    def __init__(self, size: int = 128, weight: float = 1.0) -> None:
+    def __init__(self, size: int = 128, weight: float = 1.0, solved_at: float = 1.0) -> None:
         if size < 1:
             raise ValueError(f"ReLIFT: size must be at least 1, got {size}.")
         if not weight > 0:
             raise ValueError(f"ReLIFT: weight must be above 0, got {weight}.")
-        self.size, self.weight = size, weight
+        self.size, self.weight, self.solved_at = size, weight, solved_at
         self.waiting: list[int] = []
 
     def decide(self, groups: Groups, advantages: Advantages) -> Decision:
-        unsolved = (_solved(groups) == 0) & (groups.demonstrations >= 0)
+        unsolved = (_solved(groups, self.solved_at) == 0) & (groups.demonstrations >= 0)
         self.waiting = [*self.waiting, *self._chosen(groups, unsolved).tolist()]
         trained: list[int] = []
         if len(self.waiting) >= self.size:
@@ -137,7 +170,7 @@ class ReLIFT(Gate):
         return Decision(advantages(groups.rewards), every, ids, torch.ones(len(ids)))
 
     def parts(self) -> dict[str, float]:
-        return {"waiting": float(len(self.waiting))}
+        return {**super().parts(), "waiting": float(len(self.waiting))}
 
 
 class LUFFY(Gate):
@@ -146,8 +179,9 @@ class LUFFY(Gate):
     Advantages are relative to rollouts and demonstration together. Official code
     (ElliottYan/LUFFY, `mix_core_alg.py`): a demonstration's token loss is −Â·p/(p + 0.1), which is
     the target LUFFYShaping; with another target it is Â times that target's loss. Its scripts take
-    advantages without std, the maximal length as divisor and no clipping of the policy's ratio:
-    `advantage_scale: none`, `loss: dr_grpo`.
+    advantages without std and the maximal length as divisor: `advantage_scale: none`, `loss:
+    dr_grpo`. They do not clip the policy's ratio either, which matters with several steps for a
+    rollout only: a large `clip_low` and `clip_high` are next to that.
     """
 
     scores = True
@@ -177,6 +211,8 @@ class SRFT(LUFFY):
         positive: factor on advantages above 0.
     """
 
+    own_loss = True
+
     def __init__(self, imitation: float = 0.5, positive: float = 0.1) -> None:
         if imitation < 0 or positive < 0:
             raise ValueError(
@@ -189,11 +225,10 @@ class SRFT(LUFFY):
         logp: Float[Tensor, " n"],
         entropy: Float[Tensor, " n"],
         sequences: Int[Tensor, " n"],
-        advantages: Float[Tensor, " n"],
+        weights: Float[Tensor, " n"],
     ) -> Float[Tensor, " n"]:
-        """Per token, from its label's log-probability and the entropy there."""
         trust = self.imitation * (-sequence_mean(entropy, sequences)).exp().detach()
-        return -trust * logp - advantages * logp.exp()
+        return -trust * logp - weights * logp.exp()
 
     def rollout_advantages(
         self,
@@ -201,13 +236,13 @@ class SRFT(LUFFY):
         entropy: Float[Tensor, " n"],
         sequences: Int[Tensor, " n"],
     ) -> Float[Tensor, " n"]:
-        """Of the rollouts' tokens."""
         scale = self.positive * sequence_mean(entropy, sequences).exp().detach()
         return torch.where(advantages > 0, scale * advantages, advantages)
 
 
-def _solved(groups: Groups) -> Float[Tensor, " p"]:
-    """Share of the scorable completions that are right; NaN where none is scorable."""
+def _solved(groups: Groups, at: float) -> Float[Tensor, " p"]:
+    """Share of the scorable completions that are solved; NaN where none is scorable."""
     scorable = ~groups.rewards.isnan()
-    right = (groups.rewards >= _SOLVED).sum(1).double()
+    # Weights such as 0.7, 0.2 and 0.1 sum up to a little less than 1.
+    right = (groups.rewards >= at - 1e-9).sum(1).double()
     return right / scorable.sum(1)

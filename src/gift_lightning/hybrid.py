@@ -17,7 +17,7 @@ from gift_lightning.collate import Batch
 from gift_lightning.controllers import GAC, Controller, MixStats
 from gift_lightning.experience import Experience
 from gift_lightning.functional import IGNORED
-from gift_lightning.gates import SRFT, Gate
+from gift_lightning.gates import Gate
 from gift_lightning.grpo import GRPO
 from gift_lightning.hybrid_data import HybridData
 from gift_lightning.imitation import Imitation, Reduction
@@ -28,6 +28,8 @@ from gift_lightning.policy_loss import TokenLosses, group_advantages
 from gift_lightning.prompts import PromptData, Ticket
 from gift_lightning.target import Target
 from gift_lightning.targets import OneHot
+
+_LARGE = 0.05  # change of μ in a step that is counted in the log
 
 
 class Hybrid(Imitation, GRPO):
@@ -51,7 +53,7 @@ class Hybrid(Imitation, GRPO):
     """
 
     demonstrations: Batch
-    weights: Tensor | None = None  # of the demonstrations, by a gate
+    demonstration_weights: Tensor | None = None  # by a gate
 
     def __init__(
         self,
@@ -65,29 +67,59 @@ class Hybrid(Imitation, GRPO):
     ) -> None:
         super().__init__(model, rewards, **kwargs)
         self.imitate(target, reduction, self.chunk_size, old_policy_every)
-        self.controller = controller
-        if "kl" in controller.measures and self.reference is None:
-            raise ValueError(
-                f"controller {type(controller).__name__} follows the KL to the reference and there "
-                "is none: set model.reference, for example `--model.reference FrozenCopy`."
-            )
+        self.controller, self.gate = (
+            controller,
+            controller if isinstance(controller, Gate) else None,
+        )
+        self._check_controller()
+        if "kl" in controller.measures:  # of all completions, also those without advantage
+            self.collecting["only_signal"] = False
+        self._fresh = controller.state_dict()
+        self._pairs: Pairs | None = None
+        self._gradients = BranchGradients(last_block(self.policy.base))
+        self._forget()
+
+    def _forget(self) -> None:
         self._stats: MixStats | None = None  # of the step before
         self._rows: list[Tensor] = []  # of the step's demonstrations on this rank
         self._kl = [0.0, 0.0]  # sum and count
-        self._gradients = BranchGradients(last_block(self.policy.base))
-        self._pairs: Pairs | None = None
-        if isinstance(controller, Gate) and self.collecting["max_resamples"]:
+
+    def _check_controller(self) -> None:
+        controller, name = self.controller, type(self.controller).__name__
+        if "kl" in controller.measures and self.reference is None:
             raise ValueError(
-                f"controller {type(controller).__name__} decides about groups without signal, "
-                "which model.max_resamples would replace: set it to 0."
+                f"controller {name} follows the KL to the reference and there is none: set "
+                "model.reference, for example `--model.reference FrozenCopy`."
             )
-        if isinstance(controller, SRFT) and target != OneHot():
-            raise ValueError("controller SRFT has a loss of its own: drop model.target.")
+        if "proxy" in controller.measures and not isinstance(controller, GAC):
+            raise ValueError(
+                f"controller {name} reads proxies, and only a GAC can say which: derive it from "
+                "gift_lightning.controllers.GAC."
+            )
+        if self.gate is None:
+            return
+        if self.collecting["max_resamples"]:
+            raise ValueError(
+                f"controller {name} decides about groups without signal, which "
+                "model.max_resamples would replace: set it to 0."
+            )
+        if self.gate.joint and self.reduction != "token":
+            raise ValueError(
+                f"controller {name} averages over rollouts and demonstrations together, as "
+                "model.loss says: drop model.reduction."
+            )
+        if self.gate.own_loss and self.target != OneHot():
+            raise ValueError(f"controller {name} has a loss of its own: drop model.target.")
 
     @property
     def about(self) -> str:
         rule = type(self.controller).__name__
         return f"{super().about}, with demonstrations towards {self.target} by {rule}"
+
+    @property
+    def is_paired(self) -> bool:
+        """Whether demonstrations are those of the rollouts' own prompts, not a stream."""
+        return self.gate is not None
 
     @property
     def data(self) -> PromptData:
@@ -101,6 +133,10 @@ class Hybrid(Imitation, GRPO):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
+        if stage != "fit":
+            return
+        self._forget()
+        self.controller.load_state_dict(self._fresh)  # another fit starts anew
         parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
         if "gradient" in self.controller.measures and parts < 2:
             raise ValueError(
@@ -108,35 +144,45 @@ class Hybrid(Imitation, GRPO):
                 "micro-batches of a step, and there is one: set trainer.accumulate_grad_batches to "
                 "2 or more."
             )
-
-        if isinstance(self.controller, Gate) and stage == "fit":
-            data = self.trainer.datamodule  # type: ignore[attr-defined]
-            self._pairs = Pairs(self.controller, data)
+        if self.gate is not None:
+            self._pairs = Pairs(self.gate, self.trainer.datamodule)  # type: ignore[attr-defined]
             found, of = self._pairs.num_paired, len(self.data.problems)
             rank_zero_info(f"{found} of {of} prompts have a demonstration")
 
     # One step.
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        self.demonstrations = batch[DEMONSTRATIONS]
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
-            self.controller.update(self._stats, self.global_step)
-            self._stats = None
+            self._update()
         super().on_train_batch_start(batch["prompts"], batch_idx)
-        if self._pairs is not None:
+        if self._pairs is None:
+            self.demonstrations = batch[DEMONSTRATIONS]
+        else:
             self._take_pairs(Ticket(*batch["prompts"]))
+
+    def _update(self) -> None:
+        before, mu = self.controller.mu, self.controller.update(self._stats, self.global_step)
+        if not 0 <= mu <= 1:
+            raise ValueError(
+                f"controller {type(self.controller).__name__} set μ to {mu}: it is a share of the "
+                "loss, from 0 to 1."
+            )
+        if self.gate is None and self.global_step:
+            self.means.add("mix/large_changes", abs(mu - before) > _LARGE, 1.0)
+        self._stats = None
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         weights, shares = self._branch_weights(), {}
-        if self._is_read(weights[ROLLOUTS]):
+        measured = self.controller.measures
+        if weights[ROLLOUTS] or measured:
             shares[ROLLOUTS] = self.rollout_share()
             self.note_rollout_batch(weights[ROLLOUTS] * shares[ROLLOUTS])
-        if self._is_read(weights[DEMONSTRATIONS]):
+        if weights[DEMONSTRATIONS] or measured - {"kl"}:
             shares[DEMONSTRATIONS] = self._demonstration_share()
             loss = weights[DEMONSTRATIONS] * shares[DEMONSTRATIONS]
             self.note_micro_batch(self.demonstrations, loss, stream=DEMONSTRATIONS)
         losses = {branch: self.share_of_step(share) for branch, share in shares.items()}
-        if self.is_logged_step or "gradient" in self.controller.measures:
+        if self._measures_gradients:
             self._gradients.add(losses)
         num_parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
         for branch, share in shares.items():
@@ -144,27 +190,26 @@ class Hybrid(Imitation, GRPO):
         return torch.stack([weights[b] * x for b, x in losses.items() if weights[b]]).sum()
 
     def _branch_weights(self) -> dict[str, float]:
-        controller = self.controller
-        if not isinstance(controller, Gate):
-            return {ROLLOUTS: 1 - controller.mu, DEMONSTRATIONS: controller.mu}
+        if self.gate is None:
+            return {ROLLOUTS: 1 - self.controller.mu, DEMONSTRATIONS: self.controller.mu}
         some = self.demonstrations["step_sequences"] > 0
-        return {ROLLOUTS: 1.0, DEMONSTRATIONS: controller.weight if some else 0.0}
+        return {ROLLOUTS: 1.0, DEMONSTRATIONS: self.gate.weight if some else 0.0}
 
     def _demonstration_share(self) -> Tensor:
-        batch, controller = self.demonstrations, self.controller
-        if not isinstance(controller, Gate) or not controller.joint:
-            share, stats = self.imitation_share(batch, self.weights)
+        batch, weights = self.demonstrations, self.demonstration_weights
+        if self.gate is None or not self.gate.joint:
+            share, stats = self.imitation_share(batch, weights)
             self._note_rows(stats)
             return share
-        assert self.weights is not None
+        assert weights is not None
         _, sequences = supervised_sequences(batch).unique_consecutive(return_inverse=True)
-        if isinstance(controller, SRFT):
+        if self.gate.own_loss:
             temperature = self.sampling.temperature
             logp, entropy = self.policy.token_logp(batch, temperature, self.chunk_size)
-            own = self.weights[sequences].to(logp.dtype)
-            losses = controller.demonstration_losses(logp, entropy, sequences, own)
+            own = weights[sequences].to(logp.dtype)
+            losses = self.gate.demonstration_losses(logp, entropy, sequences, own)
         else:
-            losses, stats = self.losses(batch, self.is_logged_step, self.weights)
+            losses, stats = self.losses(batch, self.is_logged_step, weights)
             self._train_means.update(stats)
         return (losses * self.sequence_weights(sequences).to(losses.dtype)).sum()
 
@@ -173,39 +218,39 @@ class Hybrid(Imitation, GRPO):
     def revise(self, experience: Experience) -> None:
         if self._pairs is not None:
             assert self._collector is not None
-            scale = self._collector.advantage_scale
-            advantages = partial(group_advantages, scale=scale)
+            advantages = partial(group_advantages, scale=self._collector.advantage_scale)
             self._pairs.decide(experience, self._collector, advantages, self.end_ids)
 
     def _take_pairs(self, ticket: Ticket) -> None:
-        assert self._pairs is not None and self.experience is not None
+        assert self._pairs is not None and self.experience is not None and self.gate is not None
         world, rank, pad = self.trainer.world_size, self.global_rank, self.end_ids[0]
         batch, weights = self._pairs.batch(self.experience, ticket, pad, world, rank)
         self.demonstrations = self.transfer_batch_to_device(batch, self.device, 0)
-        self.weights = weights.to(self.device)
-        if isinstance(self.controller, Gate) and self.controller.joint:
+        self.demonstration_weights = weights.to(self.device)
+        if self.gate.joint:
             mine = int((batch["labels"] != IGNORED).sum())
             self.counts = self.counts[0] + mine, self.counts[1] + batch["step_tokens"]
             self.num_sequences += batch["step_sequences"]
 
     def token_advantages(self, batch: Batch, entropy: Tensor, sequences: Tensor) -> Tensor:
         advantages = super().token_advantages(batch, entropy, sequences)
-        if isinstance(self.controller, SRFT):
-            return self.controller.rollout_advantages(advantages, entropy, sequences)
-        return advantages
+        if self.gate is None:
+            return advantages
+        return self.gate.rollout_advantages(advantages, entropy, sequences)
 
-    def _is_read(self, weight: float) -> bool:
-        return bool(weight or self.controller.measures)
+    # What the next step's μ depends on.
 
-    def _note_rows(self, stats: Evaluation) -> None:
-        if not isinstance(self.controller, GAC):
-            return
-        found, row = supervised_sequences(self.demonstrations).unique_consecutive(
-            return_inverse=True
-        )
-        logp = -stats.nll.detach()
-        every = torch.ones(len(found), dtype=torch.bool, device=logp.device)
-        self._rows.append(self.controller.rows(logp, torch.zeros_like(logp), row, every))
+    @property
+    def _is_due(self) -> bool:
+        return self.controller.is_due(self.global_step + 1)
+
+    @property
+    def _measures_gradients(self) -> bool:
+        return self.is_logged_step or ("gradient" in self.controller.measures and self._is_due)
+
+    @property
+    def reads_reference(self) -> bool:
+        return super().reads_reference or "kl" in self.controller.measures
 
     def _note_tokens(self, tokens: TokenLosses, difference: Tensor) -> None:
         super()._note_tokens(tokens, difference)
@@ -213,36 +258,33 @@ class Hybrid(Imitation, GRPO):
             self._kl[0] += float(tokens.kl.detach().double().sum())
             self._kl[1] += len(tokens.kl)
 
-    @property
-    def reads_reference(self) -> bool:
-        return super().reads_reference or "kl" in self.controller.measures
-
-    # What the next step's μ depends on.
+    def _note_rows(self, stats: Evaluation) -> None:
+        if "proxy" in self.controller.measures and self._is_due:
+            assert isinstance(self.controller, GAC)
+            found, row = supervised_sequences(self.demonstrations).unique_consecutive(
+                return_inverse=True
+            )
+            logp = -stats.nll.detach()
+            every = torch.ones(len(found), dtype=torch.bool, device=logp.device)
+            self._rows.append(self.controller.rows(logp, torch.zeros_like(logp), row, every))
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         super().on_before_optimizer_step(optimizer)
-
-        def reduce(x: Tensor, how: str) -> Tensor:
-            reduced = self.trainer.strategy.reduce(x.to(self.device), reduce_op=how)
-            return torch.as_tensor(reduced).cpu()
-
         measures, stats = self.controller.measures, MixStats(math.nan, math.nan, math.nan)
-        if self.is_logged_step or "gradient" in measures:
-            norms, stats = self._gradients.take(reduce)
+        if self._measures_gradients:
+            norms, stats = self._gradients.take(self.reduced)
+            share = 1 / self.trainer.world_size  # all ranks have the same
             for name, value in norms.items():
-                self.means.add(
-                    f"grad_norm/{name}",
-                    value / self.trainer.world_size,
-                    1 / self.trainer.world_size,
-                )
-        if "proxy" in measures:
+                self.means.add(f"grad_norm/{name}", value * share, share)
+        if "proxy" in measures and self._is_due:
             stats = self._proxies()
         if "kl" in measures:
-            total, count = reduce(torch.tensor(self._kl, dtype=torch.float64), "sum").tolist()
+            total, count = self.reduced(torch.tensor(self._kl).double(), "sum").tolist()
             stats = replace(stats, kl=total / count if count else math.nan)
-        assert self.experience is not None
-        signal = bool((self.experience.advantages[self.window] != 0).any())
-        self._stats = replace(stats, has_signal=signal)
+        experience, window = self.experience, self.window
+        assert experience is not None
+        signal = (experience.advantages != 0) & experience.counted
+        self._stats = replace(stats, has_signal=bool(signal[window].any()))
         self._rows, self._kl = [], [0.0, 0.0]
 
     def _proxies(self) -> MixStats:
@@ -262,10 +304,10 @@ class Hybrid(Imitation, GRPO):
         return controller.summary(rows, torch.arange(len(rows)) >= len(rollouts))
 
     def step_metrics(self) -> dict[str, Any]:
-        mix = {"mu": self.controller.mu, **self.controller.parts()}
+        own = {"mu": self.controller.mu} if self.gate is None else {}
         return {
             **{f"{DEMONSTRATIONS}/{k}": v for k, v in self.imitation_metrics().items()},
-            **{f"mix/{name}": value for name, value in mix.items()},
+            **{f"mix/{name}": x for name, x in {**own, **self.controller.parts()}.items()},
             **super().step_metrics(),
         }
 
@@ -284,11 +326,12 @@ class Hybrid(Imitation, GRPO):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        saved, rule = checkpoint["controller"], type(self.controller).__name__
-        if saved["rule"] != rule:
+        saved, rule = checkpoint.get("controller", {}), type(self.controller).__name__
+        if saved.get("rule") != rule:
             raise ValueError(
-                f"the checkpoint was written with controller {saved['rule']}, and model.controller "
-                f"is {rule}: keep it, or start a new run from the exported weights."
+                f"the checkpoint was written with controller {saved.get('rule')}, and "
+                f"model.controller is {rule}: keep it, or start a new run from the exported "
+                "weights."
             )
         self.controller.load_state_dict(saved["state"])
         self._stats = None if saved["stats"] is None else MixStats(*saved["stats"])

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from gift_lightning.collate import Batch
 from gift_lightning.data import SFTData
-from gift_lightning.examples import Examples
+from gift_lightning.examples import Examples, Ledger
 from gift_lightning.order import MicroBatch, MicroBatches
 from gift_lightning.position import PositionedData
 from gift_lightning.prompts import PromptData, Tickets
@@ -21,7 +21,8 @@ class HybridData(PositionedData):
 
     The prompts say how long an epoch is. The demonstrations go round as often as it takes, in whole
     optimizer steps of their batch_size x accumulate_grad_batches x devices, each time in an order
-    of its own.
+    of its own. A module that takes the demonstrations of its rollouts' own prompts gets the prompts
+    alone, and that batch_size says nothing.
 
     Args:
         prompts: what is rolled out.
@@ -30,7 +31,7 @@ class HybridData(PositionedData):
 
     def __init__(self, prompts: PromptData, demonstrations: SFTData) -> None:
         super().__init__()
-        self.prompts, self.demonstrations = prompts, demonstrations
+        self.prompts, self.demonstrations, self.paired = prompts, demonstrations, False
 
     def setup(self, stage: str) -> None:
         """Prepares both for the trainer's module.
@@ -43,8 +44,9 @@ class HybridData(PositionedData):
             part.trainer = self.trainer
             part.setup(stage)
         self.sampler, order = self.prompts.sampler, self.demonstrations.sampler
-        assert order is not None
-        if len(order.ids) < order.samples_per_step:
+        assert order is not None and self.trainer is not None
+        self.paired = getattr(self.trainer.lightning_module, "is_paired", False)
+        if not self.paired and len(order.ids) < order.samples_per_step:
             raise ValueError(
                 f"an optimizer step takes {order.samples_per_step} demonstrations "
                 "(data.demonstrations.batch_size x trainer.accumulate_grad_batches x devices) and "
@@ -55,8 +57,10 @@ class HybridData(PositionedData):
         tickets, order = self.prompts.sampler, self.demonstrations.sampler
         assert tickets is not None and order is not None
         demonstrations = self.demonstrations.loader(_Around(tickets, order))
-        both = {"prompts": self.prompts.train_dataloader(), "demonstrations": demonstrations}
-        return CombinedLoader(both, "min_size")
+        streams: dict[str, DataLoader[Any]] = {"prompts": self.prompts.train_dataloader()}
+        if not self.paired:
+            streams["demonstrations"] = demonstrations
+        return CombinedLoader(streams, "min_size")
 
     def val_dataloader(self) -> Any:
         """The demonstrations' validation sets, or one empty item."""
@@ -67,6 +71,10 @@ class HybridData(PositionedData):
     @property
     def packing(self) -> bool:
         return self.prompts.packing or self.demonstrations.packing
+
+    @property
+    def ledger(self) -> dict[str, Ledger]:
+        return {"prompts": self.prompts.ledger["train"], **self.demonstrations.ledger}
 
     @property
     def sets(self) -> dict[str, Examples]:

@@ -105,7 +105,9 @@ class PolicyModule(pl.LightningModule):
         self.trainer.fit_loop.setup_data()  # the number of batches, which the steps derive from
         scheduler = self.schedule.build(optimizer, int(self.trainer.estimated_stepping_batches))
         used, accumulate = self.trainer.num_training_batches, self.trainer.accumulate_grad_batches
-        whole = used >= len(self.trainer.train_dataloader)  # type: ignore[arg-type]
+        loaders: Any = self.trainer.train_dataloader
+        streams = loaders.values() if isinstance(loaders, dict) else [loaders]
+        whole = used >= min(map(len, streams))
         if used % accumulate and not whole and not self._is_dry_run:
             raise ValueError(
                 f"trainer.limit_train_batches cuts an optimizer step: {used} micro-batches are no "

@@ -200,12 +200,13 @@ class OnPolicy(PolicyModule):
         self.note_micro_batch(self.batch, loss, self._fresh_tokens)
         self._fresh_tokens = 0
 
-    def step_metrics(self) -> dict[str, Any]:
-        def reduce(x: Tensor, how: str) -> Tensor:
-            reduced = self.trainer.strategy.reduce(x.to(self.device), reduce_op=how)
-            return torch.as_tensor(reduced).cpu()
+    def reduced(self, x: Tensor, how: str) -> Tensor:
+        """The "sum" or "max" over the ranks, on the CPU."""
+        reduced = self.trainer.strategy.reduce(x.to(self.device), reduce_op=how)
+        return torch.as_tensor(reduced).cpu()
 
-        return {**self.means.take(reduce), **super().step_metrics()}
+    def step_metrics(self) -> dict[str, Any]:
+        return {**self.means.take(self.reduced), **super().step_metrics()}
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Nothing: callbacks such as GenerationEval say what validation is."""

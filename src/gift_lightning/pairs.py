@@ -46,7 +46,8 @@ class Pairs:
                 f"of the {len(self.of)} prompts has one: data.demonstrations must hold records "
                 "whose prompts are those of data.prompts, token by token."
             )
-        self._rewards: dict[int, float] = {}
+        self._rewards: dict[tuple[int, int], float] = {}
+        """By problem and demonstration."""
 
     def decide(
         self,
@@ -61,7 +62,8 @@ class Pairs:
         chosen = [x[experience.number % len(x)] if x else -1 for x in several]
         if self.gate.scores:
             self._score(problems, chosen, collector, ends)
-        rewards = torch.tensor([self._rewards.get(i, math.nan) for i in chosen])
+        keys = zip(problems, chosen, strict=True)
+        rewards = torch.tensor([self._rewards.get(key, math.nan) for key in keys])
         shape = (len(problems), -1)
         groups = Groups(
             experience.rewards.reshape(shape),
@@ -76,7 +78,7 @@ class Pairs:
         trained = experience.counted
         experience.trained = trained & signal if collector.only_signal else trained
         experience.demonstrations = decision.demonstrations
-        experience.weights = decision.weights
+        experience.demonstration_weights = decision.weights
 
     def _score(
         self,
@@ -85,15 +87,16 @@ class Pairs:
         collector: Collector,
         ends: Sequence[int],
     ) -> None:
-        fresh = {i: p for i, p in zip(chosen, problems, strict=True) if i >= 0}
-        fresh = {i: p for i, p in fresh.items() if i not in self._rewards}
+        keys = dict.fromkeys(zip(problems, chosen, strict=True))
+        fresh = [key for key in keys if key[1] >= 0 and key not in self._rewards]
         world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         rank = torch.distributed.get_rank() if world > 1 else 0
-        mine = dict(list(fresh.items())[rank::world])
-        completions = [[self._completion(i, ends)] for i in mine]
-        asked = [self.data.prompts.problems[problem] for problem in mine.values()]
-        scored = collector.score(asked, completions)
-        found = {i: collector.pool.total(one) for i, (one,) in zip(mine, scored, strict=True)}
+        mine = fresh[rank::world]
+        scored = collector.score(
+            [self.data.prompts.problems[problem] for problem, _ in mine],
+            [[self._completion(i, ends)] for _, i in mine],
+        )
+        found = {key: collector.pool.total(one) for key, (one,) in zip(mine, scored, strict=True)}
         shares = [found]
         if world > 1:
             shares = [{} for _ in range(world)]
@@ -112,9 +115,12 @@ class Pairs:
         """The demonstrations of a ticket's micro-batch, and what each weighs."""
         tickets = self.data.prompts.sampler
         assert tickets is not None and experience.demonstrations is not None
-        assert experience.weights is not None
+        assert experience.demonstration_weights is not None
         examples, ids = self.data.train_examples, experience.demonstrations
         places = np.arange(len(ids))[ticket.step :: tickets.num_steps]
+        if self.gate.at_once:
+            first = ticket.step == ticket.iteration == 0
+            places = np.arange(len(ids) if first else 0)
         longest_first = places[np.argsort(-examples.lengths[ids[places]], kind="stable")]
         size = max(1, -(-len(places) // (tickets.accumulate * world)))
         parts = deal(longest_first, size, world, rank)
@@ -123,6 +129,6 @@ class Pairs:
         chosen = [examples[int(ids[place])] for place in part]
         micro_batch = MicroBatch(part, num_tokens, len(places))
         batch = collate(chosen, micro_batch, pad_id, self.data.demonstrations.packing)
-        weights = experience.weights[batch["sample_ids"]]
+        weights = experience.demonstration_weights[batch["sample_ids"]]
         batch["sample_ids"] = ids[batch["sample_ids"]]  # places until here
         return batch, weights

@@ -18,7 +18,6 @@ from gift_lightning.receipt import read_receipt
 Key = tuple[str, int, str]
 """Arm, seed, stage."""
 
-_LARGE = 0.05  # a change of μ
 _STAGE = "run"  # of a run that no ablation has made
 
 
@@ -173,15 +172,19 @@ def read_curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 def _derived(curves: dict[str, list[tuple[int, float]]]) -> dict[str, list[tuple[int, float]]]:
     """Of a whole run, at its last step: the area under the KL over steps (trapezoids, nats × steps)
-    and the number of changes of μ between two log entries that exceed 0.05. GAC's paper reports
-    both and defines neither."""
+    and the number of steps at which μ changed much."""
     found = {}
-    if len(kl := curves.get("train/kl", [])) > 1:
+    kl, large = (
+        [point for point in curves.get(name, []) if math.isfinite(point[1])]
+        for name in ("train/kl", "train/mix/large_changes")
+    )
+    if len(kl) > 1:
         area = sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in pairwise(kl))
         found["train/kl_area"] = [(kl[-1][0], area)]
-    if len(mu := curves.get("train/mix/mu", [])) > 1:
-        large = sum(abs(b[1] - a[1]) > _LARGE + 1e-9 for a, b in pairwise(mu))
-        found["train/mix/large_changes"] = [(mu[-1][0], float(large))]
+    if large:  # a share of the steps since the entry before
+        steps = [b - a for a, b in pairwise([-1, *(step for step, _ in large)])]
+        total = sum(x * n for (_, x), n in zip(large, steps, strict=True))
+        found["train/mix/num_large_changes"] = [(large[-1][0], total)]
     return found
 
 
