@@ -12,7 +12,7 @@ from gift_lightning.targets import Target
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
-ABLATIONS = [path for path in CONFIGS if "arms" in yaml.safe_load(path.read_text())]
+ABLATIONS = [path for path in CONFIGS if {"arms", "from"} & set(yaml.safe_load(path.read_text()))]
 FITS = [path for path in CONFIGS if path not in ABLATIONS]
 
 
@@ -70,12 +70,12 @@ def test_there_is_a_config_for_every_kind_of_target(parse):
 QUICK = [path for path in FITS if "Countdown" in path.read_text()]
 SMALL = {
     "CountdownData": {
-        "num_demonstrations": 64,
+        "num_demonstrations": 16,
         "num_pretraining": 128,
         "num_eval": 8,
         "batch_size": 16,
     },
-    "CountdownProblems": {"size": 8},
+    "CountdownProblems": {"size": 16},
     "PromptData": {"prompts_per_rollout": 4, "num_generations": 4, "batch_size": 16},
     "GenerationEval": {"num_samples": 2, "ks": [1, 2]},
 }

@@ -65,6 +65,24 @@ def test_values_reach_the_command_line_as_they_are_meant(here):
     assert {'--e={"x": "runs/lab/one/seed-7/sft/hf"}', "--g=.inf", "--h=-1"} <= set(words)
 
 
+def test_every_arm_is_tried_with_every_value(here):
+    vary = {"sft": {"model.lr": [1e-4, 1.5e-5, 2]}, "rl": {"flag": [True, "x"]}}
+    experiment = read_experiment(write(seeds=[0], vary=vary))
+    names = [f"{arm}-lr{lr}" for arm in ("sft", "gift") for lr in ("1e-4", "1.5e-5", "2")]
+    expected = [f"{name}-flag{value}" for name in ("base", *names) for value in ("True", "x")]
+    assert list(experiment.arms) == expected
+    found = next(x for x in experiment.runs(["gift-lr1.5e-5-flagx"]) if x.name == "sft")
+    assert {"--beta=3", "--model.lr=1.5e-05"} <= set(found.words())
+
+
+def test_a_file_may_begin_from_another(here):
+    write("base.yaml")
+    Path("tuning.yaml").write_text("from: base.yaml\noutput: elsewhere\nseeds: [100]\n")
+    found, base = (read_experiment(x) for x in ("tuning.yaml", "base.yaml"))
+    assert (str(found.output), found.seeds) == ("elsewhere", [100])
+    assert found.arms == base.arms and found.stages.keys() == base.stages.keys()
+
+
 def test_a_stage_for_all_arms_is_run_once(here):
     teacher = {"config": "sft.yaml", "once": True, "overrides": {"steps": 1}}
     runs = read_experiment(
@@ -108,6 +126,12 @@ STAGES = EXPERIMENT["stages"]
         ({"stages": {"sft": {"config": "gone.yaml"}}}, ["gone.yaml", "No such file"]),
         ({"stages": {"sft": {"config": "sft.yaml", "x": 1}}}, ["'x' is no key", "overrides"]),
         ({"stages": {"sft": {"config": "sft.yaml", "once": 1}}}, ["once is true or false"]),
+        ({"vary": {"sftt": {}}}, ["vary", "'sftt' is no stage"]),
+        ({"vary": {"sft": {"lr": 1e-4}}}, ["vary: sft: lr", "a list of values"]),
+        ({"vary": {"sft": {"lr": [1, 1]}}}, ["'sft-lr1'", "twice"]),
+        ({"vary": {"sft": {"path": ["a/b"]}}}, ["'sft-patha/b'", "no name"]),
+        ({"from": 3}, ["from must be another ablation's file"]),
+        ({"from": "gone.yaml"}, ["gone.yaml", "No such file"]),
         (
             {
                 "stages": {"t": {"config": "sft.yaml", "once": True, "overrides": {"s": "{seed}"}}}

@@ -13,6 +13,9 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SET_HERE = ("config", "seed_everything", "trainer.default_root_dir")
 _SKIP = "skip"
 
+Arm = dict[str, dict[str, Any] | None]
+"""Overrides by stage; None = the arm skips that stage."""
+
 
 def read_experiment(path: str) -> Experiment:
     """The experiment that a YAML file describes.
@@ -20,8 +23,13 @@ def read_experiment(path: str) -> Experiment:
     Raises:
         ValueError: in one sentence, whatever is wrong with the file.
     """
-    top = _mapping(_yaml(path, _text(path)), path, {"output", "seeds", "stages", "arms"})
-    if missing := {"output", "seeds", "stages", "arms"} - set(top):
+    known = {"output", "seeds", "stages", "arms"}
+    top = _mapping(_yaml(path, _text(path)), path, known | {"vary", "from"})
+    if "from" in top:
+        if not isinstance(base := top.pop("from"), str):
+            raise ValueError(f"{path}: from must be another ablation's file, got {base!r}.")
+        top = {**_mapping(_yaml(base, _text(base)), base, known | {"vary"}), **top}
+    if missing := known - set(top):
         raise ValueError(f"{path}: {min(missing)!r} is missing; docs/ablations.md shows a file.")
     if not isinstance(top["output"], str):
         raise ValueError(f"{path}: output must be a folder, got {top['output']!r}.")
@@ -35,6 +43,8 @@ def read_experiment(path: str) -> Experiment:
     named = _named(top, "stages", path)
     stages = {name: _stage(name, x, path, i) for i, (name, x) in enumerate(named)}
     arms = {name: _arm(name, x, stages, path) for name, x in _named(top, "arms", path)}
+    if "vary" in top:
+        arms = _varied(arms, top["vary"], stages, path)
     if taken := {"configs", *(s.name for s in stages.values() if s.once)} & set(arms):
         raise ValueError(f"{path}: arm {min(taken)!r} would share a folder: choose another name.")
     experiment = Experiment(Path(top["output"]), seeds, stages, arms)
@@ -58,19 +68,48 @@ def _stage(name: str, said: Any, path: str, position: int) -> Stage:
     return Stage(name, said["config"], text, overrides, said.get("once", False), position)
 
 
-def _arm(
-    name: str, said: Any, stages: dict[str, Stage], path: str
-) -> dict[str, dict[str, Any] | None]:
+def _arm(name: str, said: Any, stages: dict[str, Stage], path: str) -> Arm:
     where = f"{path}: arm {name}"
     can = {stage.name for stage in stages.values() if not stage.once}
     said = _mapping({} if said is None else said, where, can, "stage")
-    arm = {
+    arm: Arm = {
         stage: None if x == _SKIP else _overrides(x, f"{where}: {stage}")
         for stage, x in said.items()
     }
     if all(arm.get(stage, {}) is None for stage in can):
         raise ValueError(f"{where} skips every stage: drop it.")
     return arm
+
+
+def _varied(arms: dict[str, Arm], said: Any, stages: dict[str, Stage], path: str) -> dict[str, Arm]:
+    """An arm of its own for every value, or combination of values; `sft` becomes `sft-lr1e-4`."""
+    where = f"{path}: vary"
+    can = {stage.name for stage in stages.values() if not stage.once}
+    for stage, keys in _mapping(said, where, can, "stage").items():
+        for key, values in _overrides(keys, f"{where}: {stage}").items():
+            if not isinstance(values, list) or not values:
+                raise ValueError(f"{where}: {stage}: {key} must be a list of values to try.")
+            varied: dict[str, Arm] = {}
+            for name, arm in arms.items():
+                own = arm.get(stage, {})
+                if own is None:  # it skips the stage
+                    varied[name] = arm
+                    continue
+                for value in values:
+                    one = f"{name}-{key.rpartition('.')[2]}{_short(value)}"
+                    if not _NAME.fullmatch(one) or one in varied:
+                        raise ValueError(f"{where}: {one!r} is no name for an arm, or one twice.")
+                    varied[one] = {**arm, stage: {**own, key: value}}
+            arms = varied
+    return arms
+
+
+def _short(value: Any) -> str:
+    """0.00015 is 1.5e-4."""
+    if not isinstance(value, float) or not 0 < abs(value) < 0.01:
+        return str(value)
+    digits, _, exponent = f"{value:.6e}".partition("e")
+    return f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}"
 
 
 def _overrides(said: Any, where: str) -> dict[str, Any]:
