@@ -240,14 +240,15 @@ def test_chord_phi(shared: Path) -> None:
     assert len(cases) == 2
     for case in cases:
         # A class for the label and one for the rest: dlogp_y/dz_y is then 1 - p_y.
-        z = torch.stack([logp, torch.log(-torch.expm1(logp))], -1).requires_grad_()
-        labels = torch.zeros(logp.shape, dtype=torch.int64).masked_fill(mask == 0, IGNORED)
+        z = torch.stack([logp, torch.log(-torch.expm1(logp))], -1).flatten(0, 1).requires_grad_()
+        labels = torch.zeros(logp.numel(), dtype=torch.int64)
+        labels.masked_fill_(mask.flatten() == 0, IGNORED)
         target = CHORDPhi(case["cutoff_prob"])
         loss = token_loss(target, z, labels).sum() / (mask.sum() + 1e-8)
         (gradient,) = torch.autograd.grad(loss, z)
-        expected = _tensor(case["dloss_dlogp"]) * -torch.expm1(logp)
+        expected = (_tensor(case["dloss_dlogp"]) * -torch.expm1(logp)).flatten()
         torch.testing.assert_close(loss.detach(), _tensor(case["loss"]), rtol=1e-12, atol=1e-15)
-        torch.testing.assert_close(gradient[..., 0], expected, rtol=1e-12, atol=1e-15)
+        torch.testing.assert_close(gradient[:, 0], expected, rtol=1e-12, atol=1e-15)
 
 
 def test_chord_as_ms_swift_mixes(shared: Path) -> None:

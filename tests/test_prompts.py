@@ -75,6 +75,7 @@ def experience(lengths, number=0):
         torch.zeros(count),
         torch.ones(count, dtype=torch.bool),
         torch.ones(count, dtype=torch.bool),
+        torch.arange(count),
     )
 
 

@@ -89,6 +89,7 @@ def experience(prompts, groups):
         advantages=torch.ones(count),
         counted=torch.ones(count, dtype=torch.bool),
         trained=torch.ones(count, dtype=torch.bool),
+        problems=torch.arange(count),
     )
 
 
