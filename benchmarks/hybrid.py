@@ -26,6 +26,7 @@ from gift_lightning.controllers import GAC, Constant, Controller
 from gift_lightning.countdown_data import CountdownData
 from gift_lightning.hybrid import Hybrid
 from gift_lightning.hybrid_data import HybridData
+from gift_lightning.measures import StepMeasures
 from gift_lightning.models import causal_lm
 from gift_lightning.problems import CountdownProblems
 from gift_lightning.prompts import PromptData
@@ -33,8 +34,8 @@ from gift_lightning.targets import CHORDPhi
 
 PARTS: list[tuple[type, str]] = [
     (GAC, "update"),
-    (Hybrid, "_note_rows"),
-    (Hybrid, "_proxies"),
+    (StepMeasures, "add_demonstrations"),
+    (StepMeasures, "_proxies"),
     (BranchGradients, "add"),
     (BranchGradients, "take"),
 ]
@@ -109,7 +110,7 @@ def run(controller: Controller, steps: int, skip: int, log_every: int) -> dict[s
     trainer.fit(module, data)
     inside = clock.inside
     gradients = inside["add"] + inside["take"]
-    rule = inside["update"] + inside["_note_rows"] + inside["_proxies"]
+    rule = inside["update"] + inside["add_demonstrations"] + inside["_proxies"]
     return {
         "seconds": clock.total / steps,
         "controller": (rule + gradients) / clock.total,

@@ -1,18 +1,16 @@
 """Imitation and RL in one step: (1 − μ)·L_RL + μ·L_SFT."""
 
-import math
-from dataclasses import astuple, replace
+from dataclasses import astuple
 from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from gift_lightning.branches import DEMONSTRATIONS, ROLLOUTS, BranchGradients, last_block
+from gift_lightning.branches import DEMONSTRATIONS, ROLLOUTS, last_block
 from gift_lightning.collate import Batch
 from gift_lightning.controllers import GAC, Controller, MixStats
 from gift_lightning.experience import Experience
@@ -21,7 +19,7 @@ from gift_lightning.gates import Gate
 from gift_lightning.grpo import GRPO
 from gift_lightning.hybrid_data import HybridData
 from gift_lightning.imitation import Imitation, Reduction
-from gift_lightning.loss import Evaluation
+from gift_lightning.measures import StepMeasures
 from gift_lightning.pairs import Pairs
 from gift_lightning.policy import supervised_sequences
 from gift_lightning.policy_loss import TokenLosses, group_advantages
@@ -76,13 +74,8 @@ class Hybrid(Imitation, GRPO):
             self.collecting["only_signal"] = False
         self._fresh = controller.state_dict()
         self._pairs: Pairs | None = None
-        self._gradients = BranchGradients(last_block(self.policy.base))
-        self._forget()
-
-    def _forget(self) -> None:
+        self._measured = StepMeasures(controller, last_block(self.policy.base))
         self._stats: MixStats | None = None  # of the step before
-        self._rows: list[Tensor] = []  # of the step's demonstrations on this rank
-        self._kl = [0.0, 0.0]  # sum and count
 
     def _check_controller(self) -> None:
         controller, name = self.controller, type(self.controller).__name__
@@ -135,8 +128,9 @@ class Hybrid(Imitation, GRPO):
         super().setup(stage)
         if stage != "fit":
             return
-        self._forget()
-        self.controller.load_state_dict(self._fresh)  # another fit starts anew
+        self._stats = None  # another fit starts anew
+        self._measured.forget()
+        self.controller.load_state_dict(self._fresh)
         parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
         if "gradient" in self.controller.measures and parts < 2:
             raise ValueError(
@@ -183,7 +177,7 @@ class Hybrid(Imitation, GRPO):
             self.note_micro_batch(self.demonstrations, loss, stream=DEMONSTRATIONS)
         losses = {branch: self.share_of_step(share) for branch, share in shares.items()}
         if self._measures_gradients:
-            self._gradients.add(losses)
+            self._measured.add_gradients(losses)
         num_parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
         for branch, share in shares.items():
             self.means.add(f"loss/{branch}", float(share.detach()), 1 / num_parts)
@@ -199,7 +193,8 @@ class Hybrid(Imitation, GRPO):
         batch, weights = self.demonstrations, self.demonstration_weights
         if self.gate is None or not self.gate.joint:
             share, stats = self.imitation_share(batch, weights)
-            self._note_rows(stats)
+            if self._measured.reads("proxy", self.global_step):
+                self._measured.add_demonstrations(batch, stats.nll)
             return share
         assert weights is not None
         _, sequences = supervised_sequences(batch).unique_consecutive(return_inverse=True)
@@ -241,12 +236,8 @@ class Hybrid(Imitation, GRPO):
     # What the next step's μ depends on.
 
     @property
-    def _is_due(self) -> bool:
-        return self.controller.is_due(self.global_step + 1)
-
-    @property
     def _measures_gradients(self) -> bool:
-        return self.is_logged_step or ("gradient" in self.controller.measures and self._is_due)
+        return self.is_logged_step or self._measured.reads("gradient", self.global_step)
 
     @property
     def reads_reference(self) -> bool:
@@ -255,53 +246,17 @@ class Hybrid(Imitation, GRPO):
     def _note_tokens(self, tokens: TokenLosses, difference: Tensor) -> None:
         super()._note_tokens(tokens, difference)
         if tokens.kl is not None:
-            self._kl[0] += float(tokens.kl.detach().double().sum())
-            self._kl[1] += len(tokens.kl)
-
-    def _note_rows(self, stats: Evaluation) -> None:
-        if "proxy" in self.controller.measures and self._is_due:
-            assert isinstance(self.controller, GAC)
-            found, row = supervised_sequences(self.demonstrations).unique_consecutive(
-                return_inverse=True
-            )
-            logp = -stats.nll.detach()
-            every = torch.ones(len(found), dtype=torch.bool, device=logp.device)
-            self._rows.append(self.controller.rows(logp, torch.zeros_like(logp), row, every))
+            self._measured.add_kl(tokens.kl)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         super().on_before_optimizer_step(optimizer)
-        measures, stats = self.controller.measures, MixStats(math.nan, math.nan, math.nan)
-        if self._measures_gradients:
-            norms, stats = self._gradients.take(self.reduced)
-            share = 1 / self.trainer.world_size  # all ranks have the same
-            for name, value in norms.items():
-                self.means.add(f"grad_norm/{name}", value * share, share)
-        if "proxy" in measures and self._is_due:
-            stats = self._proxies()
-        if "kl" in measures:
-            total, count = self.reduced(torch.tensor(self._kl).double(), "sum").tolist()
-            stats = replace(stats, kl=total / count if count else math.nan)
-        experience, window = self.experience, self.window
-        assert experience is not None
-        signal = (experience.advantages != 0) & experience.counted
-        self._stats = replace(stats, has_signal=bool(signal[window].any()))
-        self._rows, self._kl = [], [0.0, 0.0]
-
-    def _proxies(self) -> MixStats:
-        """The same on every rank: all of them have all rollouts, and exchange demonstrations."""
-        controller, experience = self.controller, self.experience
-        assert isinstance(controller, GAC) and experience is not None
-        ids = self.window[experience.counted[self.window]]
-        logp, row = experience.sampled(ids)
-        none = torch.zeros(len(ids), dtype=torch.bool)
-        rollouts = controller.rows(logp, experience.advantages[ids][row], row, none)
-        mine = torch.cat([rollouts[:0], *(rows.cpu() for rows in self._rows)])
-        shares = [mine]
-        if self.trainer.world_size > 1:
-            shares = [mine] * self.trainer.world_size
-            torch.distributed.all_gather_object(shares, mine)
-        rows = torch.cat([rollouts, *shares])
-        return controller.summary(rows, torch.arange(len(rows)) >= len(rollouts))
+        assert self.experience is not None
+        self._stats, norms = self._measured.take(
+            self.global_step, self.experience, self.window, self.reduced, self._measures_gradients
+        )
+        share = 1 / self.trainer.world_size  # all ranks have the same
+        for name, value in norms.items():
+            self.means.add(f"grad_norm/{name}", value * share, share)
 
     def step_metrics(self) -> dict[str, Any]:
         own = {"mu": self.controller.mu} if self.gate is None else {}
