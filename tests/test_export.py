@@ -89,6 +89,19 @@ def test_adapters_stay_or_are_merged(runs: Path, tmp_path: Path, merge: bool) ->
     )
 
 
+def test_adapters_on_a_base_that_cannot_be_loaded_again_are_merged(tmp_path: Path) -> None:
+    config = yaml.safe_load(TINY)
+    config["model"]["init_args"]["model"]["init_args"]["lora"] = {"r": 2}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    root = str(tmp_path / "run")
+    main(["fit", "--config", str(tmp_path / "run.yaml"), "--trainer.default_root_dir", root])
+    main(["export", "--run", root, "--out", str(tmp_path / "out")])
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "hf").state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert "library_name: transformers" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_the_card_says_how_it_was_made(runs: Path, tmp_path: Path) -> None:
     main(["export", "--run", str(runs / "full"), "--out", str(tmp_path / "out")])
     card = (tmp_path / "out" / "README.md").read_text()

@@ -57,12 +57,9 @@ class Controller(ABC):
 
     Attributes:
         mu: what applies now.
-        mu_min, mu_max: what μ cannot leave.
     """
 
     mu: float
-    mu_min: float = 0.0
-    mu_max: float = 1.0
     _state: tuple[str, ...] = ()
     """Attributes that change in a run; options are the config's, also when it is resumed."""
 
@@ -81,7 +78,7 @@ class Controller(ABC):
         """
 
     def is_due(self, step: int) -> bool:
-        """Whether `update` at that step will read what it measures."""
+        """Whether `update` at that step will read proxies or gradients; a KL is always there."""
         return bool(self.measures)
 
     def parts(self) -> dict[str, float]:
@@ -350,8 +347,7 @@ class GAC(Controller):
     # The recurrence.
 
     def is_due(self, step: int) -> bool:
-        late = self.last_update is None or step - self.last_update >= self.update_every
-        return late or self.kl_target is not None
+        return self.last_update is None or step - self.last_update >= self.update_every
 
     def update(self, stats: MixStats | None, step: int) -> float:
         if stats is None:
@@ -359,10 +355,9 @@ class GAC(Controller):
         released = self.compat == "released"
         if self.kl_target:
             self.alpha = _followed(self.alpha, stats.kl, self.kl_target, 0.1, 0.1, 0.95)
-        due = self.last_update is None or step - self.last_update >= self.update_every
         found = (stats.sigma_r2, stats.sigma_s2, stats.delta2)
         whole = stats.has_signal and all(map(math.isfinite, found))
-        if due and (whole or (released and math.isfinite(stats.delta2))):
+        if self.is_due(step) and (whole or (released and math.isfinite(stats.delta2))):
             self._smooth(stats)
             self.last_update = step
         s = {"sigma_r2": 1.0, "sigma_s2": 1.0, "delta2": 0.0, **self.smoothed}

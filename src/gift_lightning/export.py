@@ -1,7 +1,6 @@
 """`gift export`: a checkpoint as a Hugging Face folder, which is loaded and compared at once."""
 
 import contextlib
-import copy
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from gift_lightning.card import model_card
 from gift_lightning.cli import build_model
 from gift_lightning.errors import CommandParser
+from gift_lightning.models import for_export
 from gift_lightning.module import PolicyModule
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -77,8 +77,7 @@ def prepared(model: PreTrainedModel, merge: bool, dtype: str | None) -> PreTrain
     """The model as it will be written."""
     if merge and not isinstance(model, PeftModel):
         raise ValueError("--merge: the run has trained no adapters, drop it.")
-    if merge:
-        model = copy.deepcopy(model).merge_and_unload()
+    model = for_export(model, merge)
     if dtype:
         for parameter in model.parameters():  # rotary tables stay as they are, as when it is loaded
             parameter.data = parameter.data.to(_DTYPES[dtype])

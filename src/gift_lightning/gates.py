@@ -121,8 +121,7 @@ class HPTGate(Gate):
     def __init__(self, threshold: float = 0.0, weight: float = 1.0, solved_at: float = 1.0) -> None:
         if not 0 <= threshold < 1:
             raise ValueError(f"HPTGate: threshold is a share from 0 to below 1, got {threshold}.")
-        if not weight > 0:
-            raise ValueError(f"HPTGate: weight must be above 0, got {weight}.")
+        _require_weight(self, weight)
         self.threshold, self.weight, self.solved_at = threshold, weight, solved_at
 
     def decide(self, groups: Groups, advantages: Advantages) -> Decision:
@@ -154,8 +153,7 @@ class ReLIFT(Gate):
     def __init__(self, size: int = 128, weight: float = 1.0, solved_at: float = 1.0) -> None:
         if size < 1:
             raise ValueError(f"ReLIFT: size must be at least 1, got {size}.")
-        if not weight > 0:
-            raise ValueError(f"ReLIFT: weight must be above 0, got {weight}.")
+        _require_weight(self, weight)
         self.size, self.weight, self.solved_at = size, weight, solved_at
         self.waiting: list[int] = []
 
@@ -238,6 +236,11 @@ class SRFT(LUFFY):
     ) -> Float[Tensor, " n"]:
         scale = self.positive * sequence_mean(entropy, sequences).exp().detach()
         return torch.where(advantages > 0, scale * advantages, advantages)
+
+
+def _require_weight(gate: Gate, weight: float) -> None:
+    if not weight > 0:
+        raise ValueError(f"{type(gate).__name__}: weight must be above 0, got {weight}.")
 
 
 def _solved(groups: Groups, at: float) -> Float[Tensor, " p"]:

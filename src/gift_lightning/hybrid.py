@@ -65,10 +65,8 @@ class Hybrid(Imitation, GRPO):
     ) -> None:
         super().__init__(model, rewards, **kwargs)
         self.imitate(target, reduction, self.chunk_size, old_policy_every)
-        self.controller, self.gate = (
-            controller,
-            controller if isinstance(controller, Gate) else None,
-        )
+        self.controller = controller
+        self.gate = controller if isinstance(controller, Gate) else None
         self._check_controller()
         if "kl" in controller.measures:  # of all completions, also those without advantage
             self.collecting["only_signal"] = False

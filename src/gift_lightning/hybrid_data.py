@@ -31,7 +31,7 @@ class HybridData(PositionedData):
 
     def __init__(self, prompts: PromptData, demonstrations: SFTData) -> None:
         super().__init__()
-        self.prompts, self.demonstrations, self.paired = prompts, demonstrations, False
+        self.prompts, self.demonstrations = prompts, demonstrations
 
     def setup(self, stage: str) -> None:
         """Prepares both for the trainer's module.
@@ -44,22 +44,25 @@ class HybridData(PositionedData):
             part.trainer = self.trainer
             part.setup(stage)
         self.sampler, order = self.prompts.sampler, self.demonstrations.sampler
-        assert order is not None and self.trainer is not None
-        self.paired = getattr(self.trainer.lightning_module, "is_paired", False)
-        if not self.paired and len(order.ids) < order.samples_per_step:
+        assert order is not None
+        if not self._is_paired and len(order.ids) < order.samples_per_step:
             raise ValueError(
                 f"an optimizer step takes {order.samples_per_step} demonstrations "
                 "(data.demonstrations.batch_size x trainer.accumulate_grad_batches x devices) and "
                 f"there are {len(order.ids)}: lower one of them."
             )
 
+    @property
+    def _is_paired(self) -> bool:
+        assert self.trainer is not None
+        return getattr(self.trainer.lightning_module, "is_paired", False)
+
     def train_dataloader(self) -> CombinedLoader:
         tickets, order = self.prompts.sampler, self.demonstrations.sampler
         assert tickets is not None and order is not None
-        demonstrations = self.demonstrations.loader(_Around(tickets, order))
         streams: dict[str, DataLoader[Any]] = {"prompts": self.prompts.train_dataloader()}
-        if not self.paired:
-            streams["demonstrations"] = demonstrations
+        if not self._is_paired:
+            streams["demonstrations"] = self.demonstrations.loader(_Around(tickets, order))
         return CombinedLoader(streams, "min_size")
 
     def val_dataloader(self) -> Any:

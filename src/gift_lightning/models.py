@@ -1,5 +1,6 @@
 """Model factories that a config names, and the tokenizer that belongs to a model."""
 
+import copy
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -205,6 +206,15 @@ def load_tokenizer(pretrained: str, gguf_file: str | None = None) -> PreTrainedT
 def base_model(model: PreTrainedModel) -> PreTrainedModel:
     """The transformers model inside adapters, or the model itself."""
     return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+
+
+def for_export(model: PreTrainedModel, merge: bool = False) -> PreTrainedModel:
+    """The model, or a copy with its adapters merged if that is wanted, or if their base cannot be
+    loaded again (a GGUF file, random weights)."""
+    again = getattr(base_model(model), "can_be_loaded_again", True)
+    if isinstance(model, PeftModel) and (merge or not again):
+        return cast(PreTrainedModel, copy.deepcopy(model).merge_and_unload())
+    return model
 
 
 def _for_training(

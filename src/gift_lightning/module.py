@@ -11,7 +11,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
-from peft import PeftModel
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel
@@ -20,7 +19,7 @@ from gift_lightning.collate import Batch
 from gift_lightning.diagnostics import peak_memory_gib
 from gift_lightning.functional import IGNORED
 from gift_lightning.guard import StepGuard, gradient_norm
-from gift_lightning.models import base_model, load_tokenizer
+from gift_lightning.models import base_model, for_export, load_tokenizer
 from gift_lightning.policy import Policy
 from gift_lightning.references import Probe, Reference
 from gift_lightning.schedule import Schedule
@@ -329,17 +328,14 @@ class PolicyModule(pl.LightningModule):
 
         Args:
             folder: where to.
-            model: the policy, or a copy of it in another form.
+            model: the policy in another form.
             ends: what ends a completion, if the training data are not at hand.
             max_shard_size: of one file of weights.
         """
         self.tokenizer.save_pretrained(folder)
-        model = model or self.model
-        base, ends = base_model(self.model), ends or self.end_ids
-        if isinstance(model, PeftModel) and not getattr(base, "can_be_loaded_again", True):
-            model = copy.deepcopy(model).merge_and_unload()
+        model, ends = model or for_export(self.model), ends or self.end_ids
         model.save_pretrained(folder, max_shard_size=max_shard_size)
-        generation = copy.deepcopy(base.generation_config)
+        generation = copy.deepcopy(base_model(self.model).generation_config)
         generation.eos_token_id = ends[0] if len(ends) == 1 else ends
         generation.save_pretrained(folder)
 
