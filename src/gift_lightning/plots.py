@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -160,7 +161,8 @@ def _draw(
             if all((band.mean >= 0).all() for band in bands):  # only the band reaches below 0
                 axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))
     banded = any(np.isfinite(band.half).any() for band in bands)
-    figure.suptitle(title + ("; bands: 95 % interval over seeds" if banded else ""), fontsize=11)
+    title += "; bands: 95 % interval over seeds" if banded else ""
+    figure.suptitle(fill(title, int(size[0] * 11)), fontsize=11)  # characters of that size
     file = io.BytesIO()
     figure.savefig(file, format="png", metadata={"Software": None})
     return file.getvalue()
