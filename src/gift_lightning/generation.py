@@ -6,6 +6,7 @@ therefore does not depend on which others are decoded beside it, on the batch si
 (up to rounding of the logits, of the order of 1e-6 per token).
 """
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from gift_lightning.models import base_model
 from gift_lightning.modes import sampling
 from gift_lightning.seeds import keyed_seed
 
@@ -130,13 +132,17 @@ def _decode(
     mask = torch.arange(longest, device=device) >= longest - lengths[:, None]
     padded = not bool(mask.all())
     cache = DynamicCache(config=model.config)
+    takes = inspect.signature(base_model(model).forward).parameters
+    kept_in = {
+        "cache" if "cache" in takes else "past_key_values": cache
+    }  # its name until transformers 5.23
     logits = model(
         input_ids=ids,
         attention_mask=mask.long() if padded else None,
         position_ids=(mask.long().cumsum(1) - 1).clamp(min=0),
-        past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
+        **kept_in,
     ).logits[prompt_of, -1]
     cache.batch_select_indices(prompt_of)
     mask, positions = mask[prompt_of], lengths[prompt_of]
@@ -162,8 +168,8 @@ def _decode(
             input_ids=drawn[:, None],
             attention_mask=mask.long() if padded else None,
             position_ids=positions[:, None] + step,
-            past_key_values=cache,
             use_cache=True,
+            **kept_in,
         ).logits[:, -1]
     if logprobs.isnan().any():
         raise FloatingPointError(
