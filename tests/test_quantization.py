@@ -165,16 +165,16 @@ def test_sampling_is_greedy_in_its_own_logits():
 # --- a run ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "optimizer", [torch.optim.AdamW, bnb.optim.AdamW8bit, bnb.optim.PagedAdamW8bit]
-)
+@pytest.mark.parametrize("optimizer", [bnb.optim.AdamW8bit, bnb.optim.PagedAdamW8bit])
 def test_a_resumed_run_is_bit_equal_and_its_checkpoint_holds_adapters(optimizer, tmp_path):
-    options = {} if optimizer is torch.optim.AdamW else {"min_8bit_size": 64}
-
     def run(**kwargs) -> SFT:
         pl.seed_everything(0, verbose=False)
-        model = qlora(Lora(r=2, dropout=0.2), "bfloat16")
-        module = SFT(model, GIFT(3.0), AdapterOff(), lambda p: optimizer(p, lr=1e-2, **options))
+        module = SFT(
+            qlora(Lora(r=2, dropout=0.2), "bfloat16"),
+            GIFT(3.0),
+            AdapterOff(),
+            lambda p: optimizer(p, lr=1e-2, min_8bit_size=64),
+        )
         data = UnevenData(n=26, batch_size=3)
         return _fit(module, data, tmp_path, accumulate_grad_batches=2, **kwargs)
 
@@ -182,10 +182,8 @@ def test_a_resumed_run_is_bit_equal_and_its_checkpoint_holds_adapters(optimizer,
     whole = run(callbacks=[saver])
     state = torch.load(tmp_path / "step=3.ckpt", weights_only=True)
     assert state["state_dict"] and all("lora_" in name for name in state["state_dict"])
-    moments = state["optimizer_states"][0]["state"][0]
-    assert (torch.uint8 in {x.dtype for x in moments.values() if isinstance(x, Tensor)}) == bool(
-        options
-    )
+    (moments,) = (x for x in state["optimizer_states"][0]["state"][0].values() if type(x) is dict)
+    assert moments["state1"].dtype == moments["state2"].dtype == torch.uint8
     resumed = run(ckpt_path=tmp_path / "step=3.ckpt")
     assert resumed.global_step == 5
     assert torch.equal(_weights(resumed), _weights(whole))
@@ -225,8 +223,8 @@ def test_the_whole_of_it_is_measured_but_not_trained(tmp_path, monkeypatch, caps
     ]
     with pytest.raises(SystemExit) as stopped:
         main(["fit", "--config", "tiny.yaml", *flags])
-    error = capsys.readouterr().err
-    assert stopped.value.code == 1 and error.count("\n") == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 1 and error.startswith("gift: error: ")
     assert "a quantised model cannot be trained as a whole: set model.model.lora" in error
     assert [x.name for x in tmp_path.iterdir()] == ["tiny.yaml"]
 

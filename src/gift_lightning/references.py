@@ -142,7 +142,7 @@ class FrozenCopy(Reference):
         if self.pretrained is None:
             if is_quantized(policy.base) and self.dtype not in (None, "auto"):
                 raise ValueError(
-                    f"reference.dtype={self.dtype} is not for a copy of 4-bit weights: leave it out."
+                    f"reference.dtype={self.dtype} is no dtype of 4-bit weights: leave it out."
                 )
             model = copy.deepcopy(policy.model)
             if self.dtype not in (None, "auto"):
