@@ -91,6 +91,16 @@ def test_an_adapter_names_the_revision_of_its_base():
     assert model.peft_config["default"].revision == "abc"
 
 
+def test_a_folder_that_is_quantized_already(tmp_path):
+    Policy(qlora(None)).base.save_pretrained(tmp_path)
+    again = causal_lm(str(tmp_path), lora=Lora(r=2))
+    assert torch.equal(logits(again), logits(qlora()))
+    assert same(dense(again), dense(qlora()))
+    Policy(again).verify(packing=True)
+    with pytest.raises(ValueError, match=r"--base original: .* is quantised itself"):
+        quantization.unquantized(again)
+
+
 # --- nothing changes it ---------------------------------------------------------------------
 
 
