@@ -99,10 +99,11 @@ def prepared(
         raise ValueError("--merge: the run has trained no adapters, drop it.")
     if base and not (merge and is_quantized(base_model(model))):
         raise ValueError(f"--base {base} is for --merge after training on a quantised base.")
-    if base == "original":
-        model = merged(cast(PeftModel, model), unquantized(cast(PeftModel, model)))
+    if merge and isinstance(model, PeftModel):
+        onto = unquantized(model) if base == "original" else None
+        model = merged(model, onto, wide=dtype == "float32")
     else:
-        model = for_export(model, merge)
+        model = for_export(model)
     if dtype and isinstance(model, PeftModel):
         raise ValueError(f"--dtype {dtype}: adapters stay as they are, add --merge.")
     if dtype:

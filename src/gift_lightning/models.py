@@ -222,13 +222,11 @@ def base_model(model: PreTrainedModel) -> PreTrainedModel:
     return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
 
 
-def for_export(model: PreTrainedModel, merge: bool = False) -> PreTrainedModel:
-    """The model, or a copy with its adapters merged if that is wanted, or if their base cannot be
-    loaded again (a GGUF file, random weights)."""
+def for_export(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, or a copy with its adapters merged if their base cannot be loaded again (a GGUF
+    file, random weights)."""
     again = getattr(base_model(model), "can_be_loaded_again", True)
-    if isinstance(model, PeftModel) and (merge or not again):
-        return merged(model)
-    return model
+    return merged(model) if isinstance(model, PeftModel) and not again else model
 
 
 def _for_training(

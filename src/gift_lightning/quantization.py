@@ -51,7 +51,9 @@ def keep_layout(model: PreTrainedModel) -> None:
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
-def merged(model: PeftModel, base: PreTrainedModel | None = None) -> PreTrainedModel:
+def merged(
+    model: PeftModel, base: PreTrainedModel | None = None, wide: bool = False
+) -> PreTrainedModel:
     """A copy of the model with its adapters in the weights.
 
     4 bits would round most of the adapters away: a quantised base is dequantised first.
@@ -59,15 +61,17 @@ def merged(model: PeftModel, base: PreTrainedModel | None = None) -> PreTrainedM
     Args:
         model: with one adapter.
         base: another base to merge into, which is changed.
+        wide: add in float32, and leave the weights so.
     """
     model = copy.deepcopy(model)
-    if base is None and not is_quantized(cast(PreTrainedModel, model.get_base_model())):
-        return cast(PreTrainedModel, model.merge_and_unload())
-    config, adapters = model.peft_config[model.active_adapter], get_peft_model_state_dict(model)
-    bare: Any = model.unload()
-    again = get_peft_model(base or bare.dequantize(), config)
-    set_peft_model_state_dict(again, adapters)
-    return cast(PreTrainedModel, cast(Any, again).merge_and_unload())
+    if base is not None or is_quantized(cast(PreTrainedModel, model.get_base_model())):
+        config, adapters = model.peft_config[model.active_adapter], get_peft_model_state_dict(model)
+        bare: Any = model.unload()
+        model = cast(PeftModel, get_peft_model(base or bare.dequantize(), config))
+        set_peft_model_state_dict(model, adapters)
+    if wide:
+        model.float()
+    return cast(PreTrainedModel, model.merge_and_unload())
 
 
 def unquantized(model: PeftModel) -> PreTrainedModel:
