@@ -270,3 +270,12 @@ def test_a_quantised_head():
     head.weight = nn.Parameter(torch.zeros(4, 1, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(ValueError, match="head is quantised"):
         Policy(model)
+
+
+def test_an_optimizer_of_a_package_that_is_not_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.yaml").write_text(TINY)
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", "--config", "tiny.yaml", "--model.optimizer", "not_a_package.AdamW8bit"])
+    said = "gift: error: model.optimizer: 'not_a_package' is not installed.\n"
+    assert stopped.value.code == 2 and capsys.readouterr().err.endswith(said)
