@@ -29,6 +29,7 @@ UNCHECKED = {
     "export",
     "rollouts",
     "generation",
+    "quantization",
 }
 
 

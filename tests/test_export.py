@@ -6,11 +6,20 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from gift_lightning import export
 from gift_lightning.cli import main
+from gift_lightning.models import Lora, causal_lm, embedded_path
+from gift_lightning.quantization import four_bit
 from test_cli import TINY
 
 LORA = {
@@ -102,6 +111,92 @@ def test_adapters_on_a_base_that_cannot_be_loaded_again_are_merged(tmp_path: Pat
     assert "library_name: transformers" in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.fixture(scope="module")
+def qlora(runs: Path) -> Path:
+    """Two steps on a 4-bit base."""
+    pytest.importorskip("bitsandbytes", reason="no 4-bit weights here: bitsandbytes is missing")
+    config = yaml.safe_load((runs / "lora.yaml").read_text())
+    made = {"load_in_4bit": True, "lora": {"r": 2, "use_rslora": True}}
+    config["model"]["init_args"]["model"]["init_args"].update(made)
+    config["model"]["init_args"]["optimizer"] = {
+        "class_path": "bitsandbytes.optim.AdamW8bit",
+        "init_args": {"lr": 0.02},  # far from the base in two steps
+    }
+    del config["trainer"]["callbacks"]
+    (runs / "qlora.yaml").write_text(yaml.safe_dump(config))
+    words = ["--config", str(runs / "qlora.yaml"), "--trainer.max_steps", "2"]
+    main(["fit", *words, "--trainer.default_root_dir", str(runs / "qlora")])
+    return runs / "qlora"
+
+
+def test_adapters_of_a_quantized_base(qlora: Path, tmp_path: Path) -> None:
+    """As such, and merged into either form of the base, each of which is close to what it names."""
+    ids = torch.arange(1, 20)[None]
+    found = {}
+    for name, flags in {
+        "adapters": [],
+        "dequantized": ["--merge"],
+        "original": ["--merge", "--base", "original"],
+    }.items():
+        main(["export", "--run", str(qlora), "--out", str(tmp_path / name), *flags])
+        if name != "adapters":
+            model = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+            assert "quantization_config" not in model.config.to_dict()
+            with torch.no_grad():
+                found[name] = model(input_ids=ids).logits
+            card = (tmp_path / name / "README.md").read_text()
+            assert f"4-bit base, merged into its {name} weights" in card
+    kind, base = AutoPeftModelForCausalLM, tmp_path / "adapters"
+    with torch.no_grad():
+        sixteen = kind.from_pretrained(base, dtype=torch.float32)(input_ids=ids).logits
+        four = kind.from_pretrained(base, **four_bit("float32"))(input_ids=ids).logits
+        plain = AutoModelForCausalLM.from_pretrained(embedded_path("gift:countdown"))
+        moved = (plain(input_ids=ids).logits - sixteen).abs().max()
+    torch.testing.assert_close(found["original"], sixteen, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found["dequantized"], four, atol=1e-4, rtol=1e-4)
+    assert (four - sixteen).abs().max() > 0.1 and moved > 0.3
+
+
+def test_a_float32_merge_is_not_rounded_first() -> None:
+    lora = Lora(r=2, extra={"init_lora_weights": False})
+    model = causal_lm("gift:countdown", "bfloat16", lora=lora)
+    wide, half = (export.prepared(model, True, dtype) for dtype in ("float32", "bfloat16"))
+    for layer in ("q_proj", "down_proj"):
+        name = next(n for n, _ in wide.named_parameters() if layer in n)
+        base = model.get_parameter(
+            f"base_model.model.{name}".replace(".weight", ".base_layer.weight")
+        )
+        part = model.get_submodule(f"base_model.model.{name.removesuffix('.weight')}")
+        exact = base.float() + part.get_delta_weight("default")
+        torch.testing.assert_close(wide.get_parameter(name), exact, atol=1e-6, rtol=1e-6)
+        assert wide.get_parameter(name).dtype == torch.float32
+        assert half.get_parameter(name).dtype == torch.bfloat16
+
+
+def test_what_is_uploaded_is_what_was_checked(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pushed: dict[str, object] = {}
+
+    def push(self: object, name: str, **options: object) -> None:
+        assert name == "me/mine"
+        pushed[type(self).__name__] = self
+
+    for part in (PreTrainedModel, PreTrainedTokenizerBase, GenerationConfig, ModelCard):
+        monkeypatch.setattr(part, "push_to_hub", push)
+    out = tmp_path / "out"
+    words = ["--run", str(runs / "full"), "--out", str(out), "--push-to-hub", "me/mine"]
+    main(["export", *words])
+    assert pushed.keys() >= {"LlamaForCausalLM", "GenerationConfig", "ModelCard"}
+    assert len(pushed) == 4
+    card = pushed["ModelCard"]
+    assert isinstance(card, ModelCard) and "SFT towards GIFT" in card.content
+    generation = pushed["GenerationConfig"]
+    assert isinstance(generation, GenerationConfig)
+    ends = json.loads((out / "generation_config.json").read_text())["eos_token_id"]
+    assert generation.eos_token_id == ends
+
+
 def test_the_card_says_how_it_was_made(runs: Path, tmp_path: Path) -> None:
     main(["export", "--run", str(runs / "full"), "--out", str(tmp_path / "out")])
     card = (tmp_path / "out" / "README.md").read_text()
@@ -133,6 +228,8 @@ def test_a_folder_that_computes_something_else_is_not_kept(
         (["--run", "{runs}/nothing"], "has no config.yaml"),
         (["--run", "{runs}/full", "--checkpoint", "{runs}/no.ckpt"], "no.ckpt is no file"),
         (["--run", "{runs}/full", "--merge"], "trained no adapters"),
+        (["--run", "{runs}/lora", "--dtype", "bfloat16"], "adapters stay as they are, add --merge"),
+        (["--run", "{runs}/lora", "--merge", "--base", "original"], "on a quantised base"),
         (["--run", "{runs}/full", "--out", "{runs}/full"], "is not empty"),
         (
             ["--run", "{runs}/full", "--checkpoint", "{runs}/lora/checkpoints/last.ckpt"],

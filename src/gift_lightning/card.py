@@ -14,8 +14,18 @@ _ARXIV = re.compile(r"arXiv (\d{4}\.\d{5})")
 _PACKAGES = ("gift-lightning", "torch", "transformers", "peft")
 
 
-def model_card(run: Path, checkpoint: str, about: str, adapters: bool) -> str:
-    """Markdown with the hub's YAML header, from what lies in a run's folder."""
+def model_card(
+    run: Path, checkpoint: str, about: str, adapters: bool, merged_into: str | None = None
+) -> str:
+    """Markdown with the hub's YAML header, from what lies in a run's folder.
+
+    Args:
+        run: the folder.
+        checkpoint: its file's name.
+        about: the method.
+        adapters: whether they are exported as such.
+        merged_into: which form of a quantised base they were merged into.
+    """
     text = (run / "config.yaml").read_text(encoding="utf-8")
     config = yaml.safe_load(text)
     factory = config["model"]["init_args"]["model"]
@@ -32,6 +42,10 @@ def model_card(run: Path, checkpoint: str, about: str, adapters: bool) -> str:
         f"# {run.name}",
         f"{about}, from `{base}`." if base else f"{about}.",
         f"Exported from `{checkpoint}` by gift-lightning ({made}).",
+        *(
+            [f"Adapters of a 4-bit base, merged into its {merged_into} weights."]
+            * bool(merged_into)
+        ),
         "## Data",
         f"```yaml\n{yaml.safe_dump(config.get('data'), sort_keys=False)}```",
     ]

@@ -73,6 +73,8 @@ def one_sentence(message: str) -> str:
     where = f"{key}: " if key else ""
     if unknown := re.search(r"Expected a dot import path string: (\S+)", message):
         return f"{where}{unknown[1]!r} names no class{_choices(key)}."
+    if missing := re.search(r"callable class: No module named '([^']+)'", message):
+        return f"{where}{missing[1]!r} is not installed."
     if refused := re.search(r"Option '([^']+)' is not accepted", message):
         owner = re.findall(r"given class_path '([^']+)'", message)
         of = f" of {owner[-1].rpartition('.')[2]}" if owner else ""

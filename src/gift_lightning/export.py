@@ -8,17 +8,20 @@ from typing import Any, cast
 
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM, PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from gift_lightning.card import model_card
 from gift_lightning.cli import build_model
 from gift_lightning.errors import CommandParser
-from gift_lightning.models import for_export
+from gift_lightning.models import base_model, for_export
 from gift_lightning.module import PolicyModule
+from gift_lightning.quantization import is_quantized, keep_layout, merged, unquantized
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_BASES = ["dequantized", "original"]
 _SAMPLE = 16  # tokens of the greedy sample that must come out again
 
 
@@ -34,25 +37,40 @@ def main(words: Sequence[str]) -> None:
     add("--out", required=True, metavar="DIR", help="a folder that is new or empty")
     add("--checkpoint", metavar="FILE", help="by default checkpoints/last.ckpt of the run")
     add("--merge", action="store_true", help="adapters into their base")
+    add(
+        "--base",
+        choices=_BASES,
+        help="of QLoRA, to merge into: the 4-bit weights that the adapters were trained on, made "
+        "dense (default), or the weights before quantisation",
+    )
     add("--dtype", choices=_DTYPES, help="of the weights; by default as they were trained")
     add("--max_shard_size", default="5GB", metavar="SIZE", help="of one file of weights")
-    add("--push_to_hub", metavar="OWNER/NAME", help="upload it as well, with your own login")
+    add(
+        "--push-to-hub",
+        "--push_to_hub",
+        metavar="OWNER/NAME",
+        help="upload it as well, with your own login",
+    )
     given = parser.parse_args(list(words))
     run, out = Path(given.run), Path(given.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out: {out} is not empty, name a new folder.")
     checkpoint = Path(given.checkpoint or run / "checkpoints" / "last.ckpt")
     module, ends = load(run, checkpoint)
-    model = prepared(module.model, given.merge, given.dtype)
+    model = prepared(module.model, given.merge, given.dtype, given.base)
     with _whole(out) as part:
         module.export(str(part), model, ends, given.max_shard_size)
-        card = model_card(run, checkpoint.name, module.about, isinstance(model, PeftModel))
+        base = given.merge and is_quantized(base_model(module.model)) and (given.base or _BASES[0])
+        adapters = isinstance(model, PeftModel)
+        card = model_card(run, checkpoint.name, module.about, adapters, base or None)
         (part / "README.md").write_text(card, encoding="utf-8")
         check(model, part)
     print(f"Written to {out}; loaded again, logits and a greedy sample are the same.")
+    if given.merge:
+        change = difference(model, module.model)
+        print(f"Merging moved the logits by up to {change:.2g} of the largest.")
     if given.push_to_hub:
-        cast(Any, model).push_to_hub(given.push_to_hub)
-        module.tokenizer.push_to_hub(given.push_to_hub)
+        push(out, given.push_to_hub, model, given.max_shard_size)
         print(f"Uploaded to {given.push_to_hub}.")
 
 
@@ -73,11 +91,21 @@ def load(run: Path, checkpoint: Path) -> tuple[PolicyModule, list[int]]:
     return module.eval(), state["end_ids"]
 
 
-def prepared(model: PreTrainedModel, merge: bool, dtype: str | None) -> PreTrainedModel:
+def prepared(
+    model: PreTrainedModel, merge: bool, dtype: str | None, base: str | None = None
+) -> PreTrainedModel:
     """The model as it will be written."""
     if merge and not isinstance(model, PeftModel):
         raise ValueError("--merge: the run has trained no adapters, drop it.")
-    model = for_export(model, merge)
+    if base and not (merge and is_quantized(base_model(model))):
+        raise ValueError(f"--base {base} is for --merge after training on a quantised base.")
+    if merge and isinstance(model, PeftModel):
+        onto = unquantized(model) if base == "original" else None
+        model = merged(model, onto, wide=dtype == "float32")
+    else:
+        model = for_export(model)
+    if dtype and isinstance(model, PeftModel):
+        raise ValueError(f"--dtype {dtype}: adapters stay as they are, add --merge.")
     if dtype:
         for parameter in model.parameters():  # rotary tables stay as they are, as when it is loaded
             parameter.data = parameter.data.to(_DTYPES[dtype])
@@ -89,21 +117,44 @@ def prepared(model: PreTrainedModel, merge: bool, dtype: str | None) -> PreTrain
 def check(model: PreTrainedModel, folder: Path) -> None:
     """Raises RuntimeError unless what lies in the folder computes what the model does."""
     kind = AutoPeftModelForCausalLM if isinstance(model, PeftModel) else AutoModelForCausalLM
-    again: Any = kind.from_pretrained(str(folder), dtype=model.dtype, trust_remote_code=False)
-    ids = torch.arange(1, 9)[None]
-    found = [_greedy(one.eval(), ids) for one in (cast(Any, model), again)]
+    quantized = {
+        "quantization_config": getattr(model.config, "quantization_config", None),
+        "device_map": {"": model.device},
+    }
+    again: Any = kind.from_pretrained(
+        str(folder), dtype=model.dtype, trust_remote_code=False, **quantized
+    )
+    keep_layout(again)
+    found = [_greedy(one.eval()) for one in (cast(Any, model), again)]
     if not torch.equal(found[0][0], found[1][0]) or found[0][1] != found[1][1]:
-        difference = float((found[0][0] - found[1][0]).abs().max())
+        error = float((found[0][0] - found[1][0]).abs().max())
         raise RuntimeError(
             f"the folder was written, but its model computes something else (logits differ by "
-            f"{difference:.2g}): nothing was kept."
+            f"{error:.2g}): nothing was kept."
         )
 
 
-def _greedy(model: Any, ids: Tensor) -> tuple[Tensor, list[int]]:
+@torch.no_grad()
+def difference(model: PreTrainedModel, trained: PreTrainedModel) -> float:
+    """Largest difference of the two models' logits, relative to the largest logit."""
+    found, expected = (_greedy(cast(Any, one).eval())[0].float() for one in (model, trained))
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def _greedy(model: Any) -> tuple[Tensor, list[int]]:
+    """Logits of eight tokens, and how greedy sampling goes on from them."""
+    ids = torch.arange(1, 9, device=model.device)[None]
     logits = model(input_ids=ids, use_cache=False).logits
     options = {"max_new_tokens": _SAMPLE, "do_sample": False, "attention_mask": ids > 0}
     return logits, model.generate(input_ids=ids, **options)[0].tolist()
+
+
+def push(folder: Path, name: str, model: PreTrainedModel, max_shard_size: str) -> None:
+    """Uploads what lies in the folder, which `model` was written to."""
+    cast(Any, model).push_to_hub(name, max_shard_size=max_shard_size)
+    for part in AutoTokenizer, GenerationConfig:
+        part.from_pretrained(str(folder)).push_to_hub(name)
+    ModelCard.load(folder / "README.md").push_to_hub(name)
 
 
 @contextlib.contextmanager

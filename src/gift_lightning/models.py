@@ -1,6 +1,5 @@
 """Model factories that a config names, and the tokenizer that belongs to a model."""
 
-import copy
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -16,6 +15,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+
+from gift_lightning.quantization import four_bit, keep_layout, merged
 
 DType = Literal["float32", "bfloat16", "float16", "auto"]
 _EMBEDDED = "gift:"  # names of models shipped in the package
@@ -40,7 +41,8 @@ class Lora:
     extra: dict[str, Any] = field(default_factory=dict)
     """Any other argument of peft.LoraConfig."""
 
-    def wrap(self, model: PreTrainedModel) -> PreTrainedModel:
+    def wrap(self, model: PreTrainedModel, revision: str | None = None) -> PreTrainedModel:
+        """The model with adapters, which name their base and its revision when they are saved."""
         config = LoraConfig(
             r=self.r,
             lora_alpha=cast(int, self.alpha),
@@ -51,7 +53,7 @@ class Lora:
             task_type="CAUSAL_LM",
             **self.extra,
         )
-        return cast(PreTrainedModel, get_peft_model(model, config))
+        return cast(PreTrainedModel, get_peft_model(model, config, revision=revision))
 
 
 def embedded_path(name: str) -> str:
@@ -76,6 +78,7 @@ def causal_lm(
     attn_implementation: str | None = None,
     gradient_checkpointing: bool = False,
     lora: Lora | None = None,
+    load_in_4bit: bool = False,
     revision: str | None = None,
 ) -> PreTrainedModel:
     """A pretrained causal language model; no remote code is ever run.
@@ -89,6 +92,9 @@ def causal_lm(
         attn_implementation: of transformers; sdpa by default.
         gradient_checkpointing: recompute activations in the backward pass.
         lora: adapters to train instead of the weights.
+        load_in_4bit: hold the linear layers in 4 bits (NF4 with double quantisation, by
+            bitsandbytes: the qlora extra) and compute in `dtype`. With lora this is QLoRA; without,
+            the model can be measured but not trained.
         revision: of a hub id.
 
     Returns:
@@ -96,21 +102,28 @@ def causal_lm(
         and gradient checkpointing off).
 
     Raises:
-        ValueError: if it cannot be loaded.
+        ValueError: if it cannot be loaded, or not in 4 bits.
     """
     folder = Path(embedded_path(pretrained))
     adapters = (folder / "adapter_config.json").is_file()
+    if load_in_4bit and (adapters or gguf_file is not None):
+        what, instead = ("a GGUF file", "the model's safetensors")
+        if adapters:
+            what, instead = "adapters", "what `gift export --merge` makes of them"
+        raise ValueError(f"model.load_in_4bit cannot read {what}: give {instead}.")
+    quantized = four_bit(dtype) if load_in_4bit else {}
     try:
         if adapters and not (folder / "adapter_model.safetensors").is_file():
             raise OSError("adapters are only read from adapter_model.safetensors")
-        base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path if adapters else None
+        base = PeftConfig.from_pretrained(str(folder)) if adapters else None
         model = AutoModelForCausalLM.from_pretrained(
-            base or embedded_path(pretrained),
+            base.base_model_name_or_path if base else embedded_path(pretrained),
             dtype=dtype,
             gguf_file=gguf_file,
             attn_implementation=attn_implementation,
-            revision=revision,
+            revision=base.revision if base else revision,
             trust_remote_code=False,
+            **quantized,
         )
     except (OSError, ImportError) as error:
         first = str(error).strip().split("\n")[0]
@@ -123,11 +136,12 @@ def causal_lm(
         model.hf_quantizer, model.is_quantized = None, False  # type: ignore[assignment]
         del model.config.quantization_config
     model.can_be_loaded_again = gguf_file is None and not adapters  # type: ignore[assignment]
+    keep_layout(model)
     if adapters:
-        model = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+        model = merged(PeftModel.from_pretrained(model, str(folder)))
         model.config._name_or_path = model.name_or_path = str(folder)
         model.requires_grad_(True)
-    return _for_training(model, gradient_checkpointing, lora)
+    return _for_training(model, gradient_checkpointing, lora, revision)
 
 
 def tiny_llama(
@@ -208,20 +222,21 @@ def base_model(model: PreTrainedModel) -> PreTrainedModel:
     return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
 
 
-def for_export(model: PreTrainedModel, merge: bool = False) -> PreTrainedModel:
-    """The model, or a copy with its adapters merged if that is wanted, or if their base cannot be
-    loaded again (a GGUF file, random weights)."""
+def for_export(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, or a copy with its adapters merged if their base cannot be loaded again (a GGUF
+    file, random weights)."""
     again = getattr(base_model(model), "can_be_loaded_again", True)
-    if isinstance(model, PeftModel) and (merge or not again):
-        return cast(PreTrainedModel, copy.deepcopy(model).merge_and_unload())
-    return model
+    return merged(model) if isinstance(model, PeftModel) and not again else model
 
 
 def _for_training(
-    model: PreTrainedModel, gradient_checkpointing: bool, lora: Lora | None
+    model: PreTrainedModel,
+    gradient_checkpointing: bool,
+    lora: Lora | None,
+    revision: str | None = None,
 ) -> PreTrainedModel:
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if lora is not None:
-        model = lora.wrap(model)
+        model = lora.wrap(model, revision)
     return model.train()

@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
+from peft import PeftModel
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel
@@ -21,6 +22,7 @@ from gift_lightning.functional import IGNORED
 from gift_lightning.guard import StepGuard, gradient_norm
 from gift_lightning.models import base_model, for_export, load_tokenizer
 from gift_lightning.policy import Policy
+from gift_lightning.quantization import is_quantized
 from gift_lightning.references import Probe, Reference
 from gift_lightning.schedule import Schedule
 from gift_lightning.seeds import keyed_seed
@@ -90,6 +92,11 @@ class PolicyModule(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuses a model or a reference that would give wrong numbers, before any checkpoint."""
+        if stage == "fit" and is_quantized(self.model) and not isinstance(self.model, PeftModel):
+            raise ValueError(
+                "a quantised model cannot be trained as a whole: set model.model.lora, or leave "
+                "load_in_4bit out."
+            )
         data = getattr(self.trainer, "datamodule", None)
         packing = getattr(data, "packing", False)
         self.policy.verify(packing)
@@ -291,7 +298,8 @@ class PolicyModule(pl.LightningModule):
         # A tied head has two names, of which the default list gives one.
         named = self.named_parameters(remove_duplicate=False)
         frozen = {name for name, p in named if not p.requires_grad}
-        return {name: value for name, value in state.items() if name not in frozen}
+        # What belongs to a quantised weight has names below it.
+        return {n: x for n, x in state.items() if not {n, _weight_of(n)} & frozen}
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
@@ -351,6 +359,12 @@ class PolicyModule(pl.LightningModule):
             special = set(self.tokenizer.all_special_ids)
             ends += [i for i in data.train_examples.last_learned() if i in special]
         return list(dict.fromkeys(i for i in ends if i is not None))
+
+
+def _weight_of(name: str) -> str:
+    """The weight that an entry such as `layer.weight.absmax` of a state dict belongs to."""
+    layer, found, _ = name.rpartition(".weight.")
+    return f"{layer}.weight" if found else name
 
 
 class _Step:

@@ -36,7 +36,7 @@ class Policy(nn.Module):
         model: a transformers model, with or without peft adapters.
 
     Raises:
-        ValueError: if the head carries adapters, which a fused head would bypass.
+        ValueError: if the head carries adapters, which a fused head would bypass, or is quantised.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -47,6 +47,11 @@ class Policy(nn.Module):
             raise ValueError(
                 "the language-model head carries adapters or is no linear layer, which the fused "
                 "head would bypass: leave lm_head out of lora.target_modules and modules_to_save."
+            )
+        if not head.weight.is_floating_point():
+            raise ValueError(
+                "the language-model head is quantised, which the fused head cannot read: give a "
+                "model.pretrained whose lm_head is not, or model.load_in_4bit with the original."
             )
 
     @property

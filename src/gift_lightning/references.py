@@ -17,6 +17,7 @@ from gift_lightning.head import ProjectedRows, ReferenceRows
 from gift_lightning.models import DType, causal_lm, load_tokenizer
 from gift_lightning.modes import adapter_off, scoring
 from gift_lightning.policy import Policy, supervised_labels
+from gift_lightning.quantization import is_quantized
 
 
 @runtime_checkable
@@ -139,6 +140,10 @@ class FrozenCopy(Reference):
         if self.policy is not None:
             return
         if self.pretrained is None:
+            if is_quantized(policy.base) and self.dtype not in (None, "auto"):
+                raise ValueError(
+                    f"reference.dtype={self.dtype} is no dtype of 4-bit weights: leave it out."
+                )
             model = copy.deepcopy(policy.model)
             if self.dtype not in (None, "auto"):
                 model = model.to(getattr(torch, str(self.dtype)))

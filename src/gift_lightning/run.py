@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from gift_lightning.evaluation import GenerationEval
+from gift_lightning.models import base_model
 from gift_lightning.module import PolicyModule
 
 
@@ -71,12 +72,13 @@ class Report(Callback):
         self.before: dict[str, float] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, PolicyModule)
         if trainer.is_global_zero:
             self._rejected(trainer)
             trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
-            total = sum(p.numel() for p in pl_module.parameters())
+            total = base_model(pl_module.model).num_parameters()  # of 4 bits too
             Console().print(
-                f"{getattr(pl_module, 'about', type(pl_module).__name__)}: "
+                f"{pl_module.about}: "
                 f"{trained:,} of {total:,} parameters, "
                 f"{int(trainer.estimated_stepping_batches)} steps"
             )
