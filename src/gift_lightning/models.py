@@ -1,6 +1,9 @@
 """Model factories that a config names, and the tokenizer that belongs to a model."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -9,6 +12,7 @@ from typing import Any, Literal, cast
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
@@ -19,6 +23,7 @@ from transformers import (
 
 DType = Literal["float32", "bfloat16", "float16", "auto"]
 _EMBEDDED = "gift:"  # names of models shipped in the package
+_reads_weights = ContextVar("reads_weights", default=True)
 
 
 @dataclass
@@ -69,6 +74,16 @@ def embedded_path(name: str) -> str:
     return str(path)
 
 
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """In here `causal_lm` makes a model of the right shapes from its config, and reads no weights."""
+    token = _reads_weights.set(False)
+    try:
+        yield
+    finally:
+        _reads_weights.reset(token)
+
+
 def causal_lm(
     pretrained: str,
     dtype: DType = "float32",
@@ -104,7 +119,8 @@ def causal_lm(
         if adapters and not (folder / "adapter_model.safetensors").is_file():
             raise OSError("adapters are only read from adapter_model.safetensors")
         base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path if adapters else None
-        model = AutoModelForCausalLM.from_pretrained(
+        load = AutoModelForCausalLM.from_pretrained if _reads_weights.get() else _unloaded
+        model = load(
             base or embedded_path(pretrained),
             dtype=dtype,
             gguf_file=gguf_file,
@@ -121,10 +137,11 @@ def causal_lm(
     model.gguf_file = gguf_file  # type: ignore[assignment]
     if gguf_file is not None:  # plain tensors by now, which transformers would refuse to save
         model.hf_quantizer, model.is_quantized = None, False  # type: ignore[assignment]
-        del model.config.quantization_config
+        vars(model.config).pop("quantization_config", None)
     model.can_be_loaded_again = gguf_file is None and not adapters  # type: ignore[assignment]
     if adapters:
-        model = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+        if _reads_weights.get():
+            model = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
         model.config._name_or_path = model.name_or_path = str(folder)
         model.requires_grad_(True)
     return _for_training(model, gradient_checkpointing, lora)
@@ -215,6 +232,16 @@ def for_export(model: PreTrainedModel, merge: bool = False) -> PreTrainedModel:
     if isinstance(model, PeftModel) and (merge or not again):
         return cast(PreTrainedModel, copy.deepcopy(model).merge_and_unload())
     return model
+
+
+def _unloaded(
+    name: str, *, dtype: DType, attn_implementation: str | None, **source: Any
+) -> PreTrainedModel:
+    """What `from_pretrained` would give, with weights that are not those of the folder."""
+    config = AutoConfig.from_pretrained(name, **source)
+    own = config.dtype if dtype == "auto" else getattr(torch, dtype)
+    options = {"dtype": own, "attn_implementation": attn_implementation}
+    return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, **options))
 
 
 def _for_training(
