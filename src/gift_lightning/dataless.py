@@ -34,7 +34,12 @@ _OWNERS = {
 
 
 class _OneMode(FakeTensorMode):
-    """A copy of a tensor without data belongs to the same mode."""
+    """A copy of a tensor without data belongs to the same mode, and its dtype can be changed."""
+
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+        # A module changes the dtype only of parameters that no weak reference knows.
+        self.fake_tensor_converter.set_tensor_memo = lambda *_: None  # type: ignore[method-assign]
 
     def __deepcopy__(self, memo: Any) -> "_OneMode":
         return self
@@ -62,7 +67,7 @@ class Ledger(TorchDispatchMode):
         self.live: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
         self._kind: str | None = None
-        self._fake = _OneMode(allow_non_fake_inputs=True)
+        self._fake = _OneMode()
         self._kinds: WeakIdKeyDictionary = WeakIdKeyDictionary()  # of storages: what, and bytes
 
     @contextmanager

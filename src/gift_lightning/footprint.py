@@ -1,9 +1,12 @@
 """The memory that one device needs, by running a stage's own step on tensors without data."""
 
+import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -26,6 +29,7 @@ from gift_lightning.module import PolicyModule
 from gift_lightning.onpolicy import OnPolicy
 from gift_lightning.order import MicroBatch
 from gift_lightning.policy import Policy, supervised_labels
+from gift_lightning.problems import ConcatProblems, JSONLProblems, Problems
 from gift_lightning.prompts import PromptData
 from gift_lightning.references import FrozenCopy, Reference
 from gift_lightning.rollouts import HFRollout
@@ -52,20 +56,18 @@ class Setting:
 
 @dataclass(frozen=True)
 class Sizes:
-    """The largest micro-batch of a run, in sequences and tokens; 0 where there is none.
+    """The largest micro-batch of a run; empty or 0 for what it has not.
 
     Attributes:
-        demonstrations: sequences of a micro-batch.
-        length: tokens of the longest.
-        completions: sequences of a micro-batch of rollouts.
+        lengths: tokens of each demonstration.
+        completions: of a micro-batch.
         prompt: tokens of the longest prompt.
         completion: tokens of the longest completion.
-        decoded: completions that are sampled side by side; 0 if another engine samples.
+        decoded: completions that the policy itself samples side by side.
         group: completions of one prompt.
     """
 
-    demonstrations: int = 0
-    length: int = 0
+    lengths: tuple[int, ...] = ()
     completions: int = 0
     prompt: int = 0
     completion: int = 0
@@ -91,8 +93,7 @@ class Footprint:
         self.setting, self.ledger = setting, Ledger()
         with self._inside(), self.ledger.counting("parameters"):
             self.module, data = build()
-        positions = base_model(self.module.model).config.get_text_config()
-        self.sizes = sizes(self.module, data, positions.max_position_embeddings, setting)
+        self.sizes = sizes(self.module, data, setting)
         self.packing = bool(getattr(data, "packing", False))
         trainer = pl.Trainer(
             accelerator="cpu",
@@ -190,9 +191,8 @@ class Footprint:
         """Gives the module the largest micro-batch of its data."""
         module, sizes = self.module, self.sizes
         self._batch: Any = None
-        if sizes.demonstrations:
-            lengths = _ragged(sizes.length, sizes.demonstrations)
-            self._batch = _batch(lengths, self.packing)
+        if sizes.lengths:
+            self._batch = _batch(sizes.lengths, self.packing)
         if isinstance(module, Imitation) and not module.target.is_resolved:
             module.target = module.target.resolve(torch.linspace(0.1, 9, 99), module.vocab_size)
         if isinstance(module, OnPolicy):
@@ -206,7 +206,7 @@ class Footprint:
         if isinstance(module, Hybrid):
             module.demonstrations = self._batch
             if module.gate is not None:
-                module.demonstration_weights = torch.ones(sizes.demonstrations)
+                module.demonstration_weights = torch.ones(len(sizes.lengths))
             else:
                 module.controller.mu = 0.5  # both branches are computed
 
@@ -238,41 +238,67 @@ class Footprint:
         return dict(ledger.peak)
 
 
-def sizes(
-    module: PolicyModule, data: pl.LightningDataModule, positions: int, setting: Setting
-) -> Sizes:
-    """The largest micro-batch that a data module can make for a module.
+def sizes(module: PolicyModule, data: pl.LightningDataModule, setting: Setting) -> Sizes:
+    """The largest micro-batch that a data module can make for a module: of the longest samples
+    where the data are on this machine, else of samples as long as they may be.
 
     Raises:
-        ValueError: it has no limit, or is of an unknown kind.
+        ValueError: there is no limit, or the data module is of an unknown kind.
     """
     if isinstance(data, HybridData):
-        sft, rl = (
-            vars(sizes(module, part, positions, setting))
-            for part in (data.demonstrations, data.prompts)
-        )
-        return Sizes(**{name: sft[name] or rl[name] for name in sft})
+        parts = (data.demonstrations, data.prompts)
+        sft, rl = (sizes(module, part, setting) for part in parts)
+        return replace(rl, lengths=sft.lengths)
     if isinstance(data, SFTData):
-        length = _limited("data.max_length", data.rendering.max_length)
-        return Sizes(data.batch_size, min(length, positions))
+        return Sizes(_longest_samples(module, data))
     if isinstance(data, PromptData) and isinstance(module, OnPolicy):
-        prompt = _limited("data.max_prompt_length", data.max_prompt_length)
         completion, group = module.sampling.max_completion_length, data.num_generations
         rollout = -(-data.prompts_per_rollout // setting.devices) * group
         size = data._batch_size or -(-rollout // setting.accumulate)
         own = module.engine.batch_size if isinstance(module.engine, HFRollout) else 0
-        prompt = min(prompt, positions - completion)
-        return Sizes(0, 0, size, prompt, completion, min(own, rollout), group)
+        prompt = _longest_prompt(module, data, completion)
+        return Sizes((), size, prompt, completion, min(own, rollout), group)
     raise ValueError(
         f"gift plan knows SFTData, PromptData and HybridData with their modules, not "
         f"{type(data).__name__} with {type(module).__name__}."
     )
 
 
-def _limited(key: str, value: int | None) -> int:
+def _longest_samples(module: PolicyModule, data: SFTData) -> tuple[int, ...]:
+    sources = [*data.train_sources, *chain.from_iterable(data.val_sources.values())]
+    if all(Path(source.path).exists() for source in sources):
+        data.prepare(module.tokenizer, module.vocab_size)
+        return tuple(sorted(data.train_examples.lengths.tolist())[-data.batch_size :])
+    longest = _limited("data.max_length", data.rendering.max_length, _positions(module))
+    return tuple(_ragged(longest, data.batch_size))
+
+
+def _longest_prompt(module: PolicyModule, data: PromptData, completion: int) -> int:
+    if _is_here(data.train_problems):
+        data._tokenise(module.tokenizer)
+        return max(map(len, data.prompt_ids))
+    free = _positions(module) - completion
+    return _limited("data.max_prompt_length", data.max_prompt_length, free)
+
+
+def _is_here(problems: Problems) -> bool:
+    if isinstance(problems, ConcatProblems):
+        return all(map(_is_here, problems.parts))
+    return not isinstance(problems, JSONLProblems) or Path(problems.source.path).exists()
+
+
+def _positions(module: PolicyModule) -> int:
+    config = base_model(module.model).config.get_text_config()
+    return getattr(config, "max_position_embeddings", None) or sys.maxsize
+
+
+def _limited(key: str, value: int | None, positions: int) -> int:
     if value is None:
-        raise ValueError(f"{key} is null, so that the longest sequence is not known: set it.")
-    return value
+        raise ValueError(
+            f"{key} is null and the data are not on this machine, so that the longest sequence is "
+            "not known: set it."
+        )
+    return min(value, positions)
 
 
 def _ragged(longest: int, count: int) -> list[int]:
@@ -280,7 +306,7 @@ def _ragged(longest: int, count: int) -> list[int]:
     return [longest] + [max(longest - 1, 1)] * (count - 1)
 
 
-def _batch(lengths: list[int], packing: bool) -> Batch:
+def _batch(lengths: Sequence[int], packing: bool) -> Batch:
     """Sequences of which every token but the first is supervised."""
     samples = [(torch.zeros(n, dtype=torch.int64),) * 2 for n in lengths]
     whole = MicroBatch(tuple(range(len(lengths))), sum(lengths), len(lengths))

@@ -74,8 +74,12 @@ class _Described(GiftCLI):
     def instantiate_classes(self) -> None:
         said = self.config[self.subcommand].trainer
         devices = _devices(said.devices) * said.num_nodes
-        setting = Setting(said.accelerator != "cpu", said.precision or "32-true",
-                          said.accumulate_grad_batches, devices)
+        setting = Setting(
+            said.accelerator != "cpu",
+            said.precision or "32-true",
+            said.accumulate_grad_batches,
+            devices,
+        )
         footprint = Footprint(self._build, setting)
         strategy = self._get(self.config_init, "trainer").strategy
         self.plan = planned(footprint, strategy)
@@ -191,11 +195,11 @@ def show(plan: Plan, console: Console | None = None) -> None:
 
 def _assumed(sizes: Sizes) -> str:
     parts = []
-    if sizes.demonstrations:
-        parts.append(f"{sizes.demonstrations} x {sizes.length} tokens, all learned")
+    if sizes.lengths:
+        count, longest = len(sizes.lengths), max(sizes.lengths)
+        parts.append(f"{count} demonstrations of up to {longest} tokens, all learned")
     if sizes.completions:
-        parts.append(
-            f"{sizes.completions} completions of {sizes.prompt} + {sizes.completion} tokens"
-        )
+        length = f"{sizes.prompt} + {sizes.completion}"
+        parts.append(f"{sizes.completions} completions of up to {length} tokens")
     text = f"A micro-batch of {' and '.join(parts)}"
-    return f"{text}; {sizes.decoded} decoded side by side." if sizes.decoded else f"{text}."
+    return f"{text}; {sizes.decoded} are sampled side by side." if sizes.decoded else f"{text}."
