@@ -73,8 +73,8 @@ _MORE = (
     "Also: `gift ablate FILE` runs arms × seeds × stages of an experiment; `gift compare RUN...` "
     "tells which of their differences are real; `gift evaluate RUN --backend lm_eval` runs "
     "lm-evaluation-harness on a finished run; `gift export --run RUN --out DIR` writes any of its "
-    "checkpoints as a Hugging Face folder; `gift plan`, with the flags of `gift fit`, tells how much "
-    "memory a run takes on each device."
+    "checkpoints as a Hugging Face folder; `gift plan`, with the flags of `gift fit`, tells how "
+    "much memory a run takes on each device."
 )
 
 

@@ -9,7 +9,7 @@ in training. Numbers that are read off a tensor without data are 0, and comparis
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -51,7 +51,8 @@ class AsAccelerator(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        return True if func == torch.Tensor.is_cuda.__get__ else func(*args, **(kwargs or {}))
+        asked = func == torch.Tensor.is_cuda.__get__  # type: ignore[attr-defined]
+        return True if asked else func(*args, **(kwargs or {}))
 
 
 class Ledger(TorchDispatchMode):
@@ -110,7 +111,7 @@ class Ledger(TorchDispatchMode):
         storage = x.untyped_storage()
         if storage in self._kinds:
             return
-        entry = [self._kind or _owner(), storage.nbytes()]
+        entry: list[Any] = [self._kind or _owner(), storage.nbytes()]
         self._kinds[storage] = entry
         weakref.finalize(storage, self._drop, entry).atexit = False
         self.live[entry[0]] += entry[1]

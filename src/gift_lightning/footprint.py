@@ -1,12 +1,8 @@
 """The memory that one device needs, by running a stage's own step on tensors without data."""
 
-import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,65 +10,21 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from gift_lightning.cache import CachedTopK, CachedRows
-from gift_lightning.collate import Batch, collate
-from gift_lightning.data import SFTData
+from gift_lightning.cache import CachedRows, CachedTopK
+from gift_lightning.collate import Batch
 from gift_lightning.dataless import AsAccelerator, Ledger
-from gift_lightning.experience import Experience
-from gift_lightning.functional import IGNORED
 from gift_lightning.generation import generate
 from gift_lightning.hybrid import Hybrid
-from gift_lightning.hybrid_data import HybridData
 from gift_lightning.imitation import Imitation
 from gift_lightning.models import base_model, without_weights
 from gift_lightning.module import PolicyModule
 from gift_lightning.onpolicy import OnPolicy
 from gift_lightning.order import MicroBatch
 from gift_lightning.policy import Policy, supervised_labels
-from gift_lightning.problems import ConcatProblems, JSONLProblems, Problems
-from gift_lightning.prompts import PromptData
 from gift_lightning.references import FrozenCopy, Reference
-from gift_lightning.rollouts import HFRollout
+from gift_lightning.sizes import Setting, demonstrations, rollout, sizes
 
 _NF4 = 4.127 / 8  # bytes of a weight in 4 bits, with its doubly quantised scales
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What of the trainer and of the device decides about memory.
-
-    Attributes:
-        accelerator: whether it is not the CPU.
-        precision: as the trainer's.
-        accumulate: micro-batches of an optimizer step.
-        devices: of the whole run.
-    """
-
-    accelerator: bool = True
-    precision: Any = "32-true"
-    accumulate: int = 1
-    devices: int = 1
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The largest micro-batch of a run; empty or 0 for what it has not.
-
-    Attributes:
-        lengths: tokens of each demonstration.
-        completions: of a micro-batch.
-        prompt: tokens of the longest prompt.
-        completion: tokens of the longest completion.
-        decoded: completions that the policy itself samples side by side.
-        group: completions of one prompt.
-    """
-
-    lengths: tuple[int, ...] = ()
-    completions: int = 0
-    prompt: int = 0
-    completion: int = 0
-    decoded: int = 0
-    group: int = 1
 
 
 class Footprint:
@@ -100,7 +52,7 @@ class Footprint:
             devices=1,
             # As wide, and there is no 16-mixed on a CPU, whose operations stand for any device's.
             precision="bf16-mixed" if setting.precision == "16-mixed" else setting.precision,
-            accumulate_grad_batches=min(setting.accumulate, 2),  # a third is like the second
+            accumulate_grad_batches=setting.accumulate,
             log_every_n_steps=1,  # a logged step takes most
             logger=False,
             enable_checkpointing=False,
@@ -113,8 +65,9 @@ class Footprint:
             self._pack_weights()
             with self.ledger.counting("reference"):
                 self._set_up_references()
-        self.module.policy.train()
-        self.optimizer: Any = None
+        for layer in self.module.modules():  # in RL without dropout
+            checkpointed = getattr(layer, "gradient_checkpointing", False)
+            layer.training = not isinstance(self.module, OnPolicy) or bool(checkpointed)
 
     @contextmanager
     def _inside(self) -> Iterator[None]:
@@ -151,52 +104,53 @@ class Footprint:
     # A step of training.
 
     def training(self) -> dict[str, int]:
-        """Bytes by part at the peak of an optimizer step that finds its states and the gradients of
-        the step before, as all but the first do."""
+        """Bytes by part at the peak of an optimizer step's last micro-batch, which finds optimizer
+        states, and gradients of the micro-batch or step before."""
         module, ledger = self.module, self.ledger
         self._feed()
         trained = [p for p in module.parameters() if p.requires_grad]
-        for parameter in trained:
-            parameter.register_post_accumulate_grad_hook(
-                lambda p: ledger.move(p.grad, "gradients")  # type: ignore[arg-type]
-            )
         with self._inside():
-            self.optimizer = module.optimizer(trained)
-            for group in self.optimizer.param_groups:
+            optimizer: Any = module.optimizer(trained)
+            for group in optimizer.param_groups:
                 if self.setting.accelerator and group.get("foreach", False) is None:
                     group["foreach"] = not group.get("fused")  # torch's own choice there
-            for _ in range(2):
-                ledger.restart()
-                self._step(trained)
+            with ledger.counting("gradients"):
+                for p in trained:
+                    p.grad = torch.zeros_like(p)
+            self._update(optimizer, trained)
+            ledger.restart()
+            for p in trained:
+                p.register_post_accumulate_grad_hook(
+                    lambda p: ledger.move(p.grad, "gradients")  # type: ignore[arg-type]
+                )
+            with self.trainer.precision_plugin.train_step_context():
+                loss: Tensor = module.training_step(self._batch, 0)
+            if self.setting.accumulate == 1:  # as the Trainer does, after the forward pass
+                optimizer.zero_grad()
+            loss.backward()
+            clip_grad_norm_(trained, 1.0)
+            self._update(optimizer, trained)
         return dict(ledger.peak)
 
-    def _step(self, trained: list[torch.nn.Parameter]) -> None:
-        for part in range(self.trainer.accumulate_grad_batches):
-            with self.trainer.precision_plugin.train_step_context():
-                loss: Tensor = self.module.training_step(self._batch, part)
-            if part == 0:  # as the Trainer does, after the forward pass
-                self.optimizer.zero_grad()
-            loss.backward()
-            del loss
-        clip_grad_norm_(trained, 1.0)
+    def _update(self, optimizer: Any, trained: list[torch.nn.Parameter]) -> None:
+        """A step of the optimizer; those of 8 bits have kernels that need data."""
         with self.ledger.counting("optimizer"):
-            if "8bit" in type(self.optimizer).__name__:  # kernels that need data
-                if not self.optimizer.state:
-                    self.optimizer.state[trained[0]] = {}
-                    self.ledger.live["optimizer"] += 2 * sum(p.numel() for p in trained)
-            else:
-                self.optimizer.step()
+            if "8bit" not in type(optimizer).__name__:
+                optimizer.step()
+            elif not optimizer.state:
+                optimizer.state[trained[0]] = {}
+                self.ledger.live["optimizer"] += 2 * sum(p.numel() for p in trained)
 
     def _feed(self) -> None:
         """Gives the module the largest micro-batch of its data."""
         module, sizes = self.module, self.sizes
         self._batch: Any = None
         if sizes.lengths:
-            self._batch = _batch(sizes.lengths, self.packing)
+            self._batch = demonstrations(sizes.lengths, self.packing)
         if isinstance(module, Imitation) and not module.target.is_resolved:
             module.target = module.target.resolve(torch.linspace(0.1, 9, 99), module.vocab_size)
         if isinstance(module, OnPolicy):
-            experience = _experience(sizes)
+            experience = rollout(sizes)
             part = MicroBatch(tuple(range(len(experience))), sizes.completions, sizes.completions)
             module.experience = experience
             module.batch = experience.batch(part, 0, self.packing)
@@ -236,100 +190,6 @@ class Footprint:
                     batch_size=sizes.decoded,
                 )
         return dict(ledger.peak)
-
-
-def sizes(module: PolicyModule, data: pl.LightningDataModule, setting: Setting) -> Sizes:
-    """The largest micro-batch that a data module can make for a module: of the longest samples
-    where the data are on this machine, else of samples as long as they may be.
-
-    Raises:
-        ValueError: there is no limit, or the data module is of an unknown kind.
-    """
-    if isinstance(data, HybridData):
-        parts = (data.demonstrations, data.prompts)
-        sft, rl = (sizes(module, part, setting) for part in parts)
-        return replace(rl, lengths=sft.lengths)
-    if isinstance(data, SFTData):
-        return Sizes(_longest_samples(module, data))
-    if isinstance(data, PromptData) and isinstance(module, OnPolicy):
-        completion, group = module.sampling.max_completion_length, data.num_generations
-        rollout = -(-data.prompts_per_rollout // setting.devices) * group
-        size = data._batch_size or -(-rollout // setting.accumulate)
-        own = module.engine.batch_size if isinstance(module.engine, HFRollout) else 0
-        prompt = _longest_prompt(module, data, completion)
-        return Sizes((), size, prompt, completion, min(own, rollout), group)
-    raise ValueError(
-        f"gift plan knows SFTData, PromptData and HybridData with their modules, not "
-        f"{type(data).__name__} with {type(module).__name__}."
-    )
-
-
-def _longest_samples(module: PolicyModule, data: SFTData) -> tuple[int, ...]:
-    sources = [*data.train_sources, *chain.from_iterable(data.val_sources.values())]
-    if all(Path(source.path).exists() for source in sources):
-        data.prepare(module.tokenizer, module.vocab_size)
-        return tuple(sorted(data.train_examples.lengths.tolist())[-data.batch_size :])
-    longest = _limited("data.max_length", data.rendering.max_length, _positions(module))
-    return tuple(_ragged(longest, data.batch_size))
-
-
-def _longest_prompt(module: PolicyModule, data: PromptData, completion: int) -> int:
-    if _is_here(data.train_problems):
-        data._tokenise(module.tokenizer)
-        return max(map(len, data.prompt_ids))
-    free = _positions(module) - completion
-    return _limited("data.max_prompt_length", data.max_prompt_length, free)
-
-
-def _is_here(problems: Problems) -> bool:
-    if isinstance(problems, ConcatProblems):
-        return all(map(_is_here, problems.parts))
-    return not isinstance(problems, JSONLProblems) or Path(problems.source.path).exists()
-
-
-def _positions(module: PolicyModule) -> int:
-    config = base_model(module.model).config.get_text_config()
-    return getattr(config, "max_position_embeddings", None) or sys.maxsize
-
-
-def _limited(key: str, value: int | None, positions: int) -> int:
-    if value is None:
-        raise ValueError(
-            f"{key} is null and the data are not on this machine, so that the longest sequence is "
-            "not known: set it."
-        )
-    return min(value, positions)
-
-
-def _ragged(longest: int, count: int) -> list[int]:
-    """Lengths of which only one is the longest, so that the others are padded as most are."""
-    return [longest] + [max(longest - 1, 1)] * (count - 1)
-
-
-def _batch(lengths: Sequence[int], packing: bool) -> Batch:
-    """Sequences of which every token but the first is supervised."""
-    samples = [(torch.zeros(n, dtype=torch.int64),) * 2 for n in lengths]
-    whole = MicroBatch(tuple(range(len(lengths))), sum(lengths), len(lengths))
-    return collate(samples, whole, 0, packing)
-
-
-def _experience(sizes: Sizes) -> Experience:
-    count, tokens = sizes.completions, _ragged(sizes.completion, sizes.completions)
-    ones, all_tokens = torch.ones(count), torch.zeros(sum(tokens))
-    return Experience(
-        number=0,
-        prompt_ids=torch.zeros(count * sizes.prompt, dtype=torch.int64),
-        prompt_lengths=torch.full((count,), sizes.prompt),
-        completion_ids=torch.zeros(sum(tokens), dtype=torch.int64),
-        completion_lengths=torch.tensor(tokens),
-        sampler_logp=all_tokens,
-        finished=ones.bool(),
-        rewards=ones,
-        advantages=ones,
-        counted=ones.bool(),
-        trained=ones.bool(),
-        problems=torch.arange(-(-count // sizes.group)),
-    )
 
 
 class _Uncached(Reference):

@@ -76,7 +76,7 @@ def embedded_path(name: str) -> str:
 
 @contextmanager
 def without_weights() -> Iterator[None]:
-    """In here `causal_lm` makes a model of the right shapes from its config, and reads no weights."""
+    """In here `causal_lm` makes a model of the right shapes, and reads no weights."""
     token = _reads_weights.set(False)
     try:
         yield

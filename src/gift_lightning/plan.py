@@ -12,8 +12,9 @@ from rich.table import Table
 from torch import nn
 
 from gift_lightning.cli import GiftCLI
-from gift_lightning.footprint import Footprint, Setting, Sizes
+from gift_lightning.footprint import Footprint
 from gift_lightning.models import base_model
+from gift_lightning.sizes import Setting, Sizes
 
 CARDS = (8, 16, 24, 48, 80, 141)
 """Memory of common cards in GB."""
