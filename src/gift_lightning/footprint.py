@@ -7,7 +7,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from gift_lightning.cache import CachedRows, CachedTopK
@@ -61,7 +60,8 @@ class Footprint:
         )
         self.trainer, self.module.trainer = trainer, trainer
         with self._inside():
-            trainer.precision_plugin.convert_module(self.module)
+            with self.ledger.counting("parameters"):
+                trainer.precision_plugin.convert_module(self.module)
             self._pack_weights()
             with self.ledger.counting("reference"):
                 self._set_up_references()
@@ -80,9 +80,9 @@ class Footprint:
         base = base_model(self.module.model)
         if not getattr(base, "is_quantized", False):
             return
-        for layer in base.modules():
-            frozen = isinstance(layer, torch.nn.Linear) and not layer.weight.requires_grad
-            if frozen and layer is not base.get_output_embeddings():
+        linear = (layer for layer in base.modules() if isinstance(layer, torch.nn.Linear))
+        for layer in linear:
+            if not layer.weight.requires_grad and layer is not base.get_output_embeddings():
                 self.ledger.resize(layer.weight, int(layer.weight.numel() * _NF4))
 
     def _set_up_references(self) -> None:
@@ -120,11 +120,9 @@ class Footprint:
             self._update(optimizer, trained)
             ledger.restart()
             for p in trained:
-                p.register_post_accumulate_grad_hook(
-                    lambda p: ledger.move(p.grad, "gradients")  # type: ignore[arg-type]
-                )
+                p.register_post_accumulate_grad_hook(lambda p: ledger.move(p.grad, "gradients"))
             with self.trainer.precision_plugin.train_step_context():
-                loss: Tensor = module.training_step(self._batch, 0)
+                loss: Any = module.training_step(self._batch, 0)
             if self.setting.accumulate == 1:  # as the Trainer does, after the forward pass
                 optimizer.zero_grad()
             loss.backward()

@@ -159,7 +159,7 @@ def _views(strategy: str | Strategy) -> bool:
 def _blocks(model: nn.Module) -> list[int]:
     """Bytes of each transformer block."""
     lists = [x for x in model.modules() if isinstance(x, nn.ModuleList)]
-    longest = max(lists, key=len, default=[])
+    longest = max(lists, key=len, default=nn.ModuleList())
     return [sum(p.nbytes for p in block.parameters()) for block in longest]
 
 
