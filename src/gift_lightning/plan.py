@@ -175,10 +175,10 @@ def show(plan: Plan, console: Console | None = None) -> None:
     for part, title in _PARTS.items():
         values = [phase.get(part, 0) for phase in phases.values()]
         if any(values):
-            table.add_row(title, *(f"{x / 1e9:.2f}" for x in values))
+            table.add_row(title, *(f"{x / 1e9:.3f}" for x in values))
     table.add_section()
     totals = [sum(phase.values()) for phase in phases.values()]
-    table.add_row("in all", *(f"{x / 1e9:.2f}" for x in totals), style="bold")
+    table.add_row("in all", *(f"{x / 1e9:.3f}" for x in totals), style="bold")
     where = plan.strategy if plan.devices == 1 else f"{plan.strategy}, {plan.devices} devices"
     say = {"highlight": False, "markup": False, "soft_wrap": True}
     console.print(f"{plan.about}; {where}; per device:", **say)  # type: ignore[arg-type]
