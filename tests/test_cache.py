@@ -105,7 +105,7 @@ def test_by_hand(label, expected, dtype):
     _, ids, _, tail = kept
     assert sorted(ids[0].tolist()) == [0, 1]
     assert tail.exp().item() == pytest.approx(sum(expected[2:]) - 0.05 * (label == 4))
-    rows = cache._CachedRows(y, 5, *kept)
+    rows = cache.CachedRows(y, 5, *kept)
     for out in (None, torch.full((1, 5), math.nan, dtype=dtype)):
         found = rows.logits(slice(0, 1), out)
         assert out is None or found.data_ptr() == out.data_ptr()
@@ -117,7 +117,7 @@ def test_all_classes_kept_leaves_no_tail(tmp_path):
         p = torch.tensor([[0.4, 0.3, 0.15, 0.1, 0.05]])
         y = torch.tensor([label])
         kept = cache._truncate(Distribution(p.log(), y), k)
-        rows = cache._CachedRows(y, 5, *kept)
+        rows = cache.CachedRows(y, 5, *kept)
         assert kept[-1].item() == -math.inf
         torch.testing.assert_close(rows.logits(slice(0, 1)).exp(), p)
 
@@ -290,7 +290,7 @@ def test_training_runs_no_reference_forward_and_equals_a_frozen_copy(tmp_path, m
 def test_label_rows_need_no_dense_rows(tmp_path, monkeypatch):
     of, batch = policy(), a_batch(samples(12), range(12))
     cached = made(tmp_path / "c", 4, of=of)
-    monkeypatch.setattr(cache._CachedRows, "logits", lambda *_: pytest.fail("dense rows made"))
+    monkeypatch.setattr(cache.CachedRows, "logits", lambda *_: pytest.fail("dense rows made"))
     loss, _ = of(batch, targets.STM(threshold=9.0), reference=cached.rows(of, batch))
     assert loss.isfinite().all() and len(cached.label_logp(of, batch)) == len(loss)
 

@@ -181,7 +181,7 @@ class CachedTopK(Reference):
         assert len(places) == len(labels), "a sample's key covers its labels"
         arrays = self.arrays.values()
         read = [torch.from_numpy(array[places]).to(labels.device) for array in arrays]
-        return _CachedRows(labels, self.meta.vocab_size, *read)
+        return CachedRows(labels, self.meta.vocab_size, *read)
 
     def write(
         self,
@@ -271,7 +271,7 @@ def _truncate(d: Distribution, k: int) -> _Values:
 
 
 @dataclass(frozen=True)
-class _CachedRows:
+class CachedRows:
     """Truncated distributions of n tokens, made dense on demand."""
 
     labels: Int[Tensor, " n"]

@@ -73,7 +73,8 @@ _MORE = (
     "Also: `gift ablate FILE` runs arms × seeds × stages of an experiment; `gift compare RUN...` "
     "tells which of their differences are real; `gift evaluate RUN --backend lm_eval` runs "
     "lm-evaluation-harness on a finished run; `gift export --run RUN --out DIR` writes any of its "
-    "checkpoints as a Hugging Face folder."
+    "checkpoints as a Hugging Face folder; `gift plan`, with the flags of `gift fit`, tells how "
+    "much memory a run takes on each device."
 )
 
 
@@ -253,6 +254,9 @@ def main(args: Sequence[str] | None = None) -> None:
             flag, _, path = word.partition("=")
             if flag in ("-c", "--config"):
                 refuse_repeated_keys(path or after)
+        if words[:1] == ["plan"]:
+            import_module("gift_lightning.plan").main(words[1:])
+            return
         GiftCLI(words)
     except Exception as error:
         ours = own_error(error)

@@ -100,7 +100,7 @@ def _gradient(
     if residual is None:  # π̃ = p: only γ·(p − δ) is left
         g.mul_(label[:, None])
     else:
-        if residual.data_ptr() == g.data_ptr():  # the student itself, given as a residual
+        if residual.is_set_to(g):  # the student itself, given as a residual
             residual = residual.clone()
         g.addcmul_(residual, -rest[:, None])
         if scale is not None:

@@ -1,5 +1,8 @@
 """Model factories that a config names, and the tokenizer that belongs to a model."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -8,6 +11,7 @@ from typing import Any, Literal, cast
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
@@ -20,6 +24,7 @@ from gift_lightning.quantization import four_bit, keep_layout, merged
 
 DType = Literal["float32", "bfloat16", "float16", "auto"]
 _EMBEDDED = "gift:"  # names of models shipped in the package
+_reads_weights = ContextVar("reads_weights", default=True)
 
 
 @dataclass
@@ -71,6 +76,16 @@ def embedded_path(name: str) -> str:
     return str(path)
 
 
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """In here `causal_lm` makes a model of the right shapes, and reads no weights."""
+    token = _reads_weights.set(False)
+    try:
+        yield
+    finally:
+        _reads_weights.reset(token)
+
+
 def causal_lm(
     pretrained: str,
     dtype: DType = "float32",
@@ -116,7 +131,8 @@ def causal_lm(
         if adapters and not (folder / "adapter_model.safetensors").is_file():
             raise OSError("adapters are only read from adapter_model.safetensors")
         base = PeftConfig.from_pretrained(str(folder)) if adapters else None
-        model = AutoModelForCausalLM.from_pretrained(
+        load: Any = AutoModelForCausalLM.from_pretrained if _reads_weights.get() else _unloaded
+        model = load(
             base.base_model_name_or_path if base else embedded_path(pretrained),
             dtype=dtype,
             gguf_file=gguf_file,
@@ -134,11 +150,12 @@ def causal_lm(
     model.gguf_file = gguf_file  # type: ignore[assignment]
     if gguf_file is not None:  # plain tensors by now, which transformers would refuse to save
         model.hf_quantizer, model.is_quantized = None, False  # type: ignore[assignment]
-        del model.config.quantization_config
+        vars(model.config).pop("quantization_config", None)
     model.can_be_loaded_again = gguf_file is None and not adapters  # type: ignore[assignment]
     keep_layout(model)
     if adapters:
-        model = merged(PeftModel.from_pretrained(model, str(folder)))
+        if _reads_weights.get():
+            model = merged(PeftModel.from_pretrained(model, str(folder)))
         model.config._name_or_path = model.name_or_path = str(folder)
         model.requires_grad_(True)
     return _for_training(model, gradient_checkpointing, lora, revision)
@@ -227,6 +244,24 @@ def for_export(model: PreTrainedModel) -> PreTrainedModel:
     file, random weights)."""
     again = getattr(base_model(model), "can_be_loaded_again", True)
     return merged(model) if isinstance(model, PeftModel) and not again else model
+
+
+def _unloaded(
+    name: str,
+    *,
+    dtype: DType,
+    attn_implementation: str | None,
+    quantization_config: Any = None,
+    device_map: Any = None,
+    **source: Any,
+) -> PreTrainedModel:
+    """What `from_pretrained` would give, with weights that are not those of the folder."""
+    config = AutoConfig.from_pretrained(name, **source)
+    own = config.dtype if dtype == "auto" else getattr(torch, dtype)
+    options = {"dtype": own, "attn_implementation": attn_implementation}
+    model = cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, **options))
+    model.is_quantized = quantization_config is not None  # type: ignore[assignment]
+    return model
 
 
 def _for_training(

@@ -83,7 +83,7 @@ def unquantized(model: PeftModel) -> PreTrainedModel:
     config = model.peft_config[model.active_adapter]
     base = cast(PreTrainedModel, model.get_base_model())
     made = AutoModelForCausalLM.from_pretrained(
-        config.base_model_name_or_path,
+        str(config.base_model_name_or_path),
         dtype=base.dtype,
         revision=config.revision,
         trust_remote_code=False,

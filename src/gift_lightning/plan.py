@@ -1,0 +1,206 @@
+"""`gift plan`: how much memory a run takes on each device, before it takes any."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import DDPStrategy, Strategy
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from gift_lightning.cli import GiftCLI
+from gift_lightning.footprint import Footprint
+from gift_lightning.models import base_model
+from gift_lightning.sizes import Setting, Sizes
+
+CARDS = (8, 16, 24, 48, 80, 141)
+"""Memory of common cards in GB."""
+MARGIN = 0.1
+"""Of a card that is left free: what the driver and its context take, and fragmentation."""
+
+_PARTS = {
+    "parameters": "parameters",
+    "gathered": "gathered units",
+    "gradients": "gradients",
+    "optimizer": "optimizer",
+    "reference": "reference",
+    "activations": "activations",
+    "head": "head chunk",
+    "kv_cache": "KV cache",
+}
+_SHARDED = ("parameters", "gradients", "optimizer", "reference")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run takes on each device.
+
+    Attributes:
+        about: what is trained.
+        training: bytes by part at the peak of an optimizer step.
+        rollout: bytes by part at the peak of sampling, or None where the policy does not sample.
+        sizes: of the largest micro-batch.
+        strategy: "one device", "ddp" or "fsdp2".
+        devices: that the run is spread over.
+    """
+
+    about: str
+    training: dict[str, int]
+    rollout: dict[str, int] | None
+    sizes: Sizes
+    strategy: str
+    devices: int
+
+    @property
+    def peak(self) -> int:
+        """Bytes on each device."""
+        return max(sum(x.values()) for x in (self.training, self.rollout or {}))
+
+    def fits(self, card: int) -> bool:
+        """Whether a card of so many GB (10⁹ bytes) is enough, with the margin."""
+        return self.peak <= (1 - MARGIN) * card * 1e9
+
+
+class _Described(GiftCLI):
+    """Reads what `gift fit` reads, and makes a plan in place of a run."""
+
+    plan: Plan
+
+    def before_instantiate_classes(self) -> None:
+        """Nothing: a plan takes no folder."""
+
+    def instantiate_classes(self) -> None:
+        said = self.config[self.subcommand].trainer
+        devices = _devices(said.devices) * said.num_nodes
+        setting = Setting(
+            said.accelerator != "cpu",
+            said.precision or "32-true",
+            said.accumulate_grad_batches,
+            devices,
+        )
+        footprint = Footprint(self._build, setting)
+        strategy = self._get(self.config_init, "trainer").strategy
+        self.plan = planned(footprint, strategy)
+
+    def _build(self) -> Any:
+        self.config_init = self.parser.instantiate_classes(self.config)
+        return self._get(self.config_init, "model"), self._get(self.config_init, "data")
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Nothing: nothing is run."""
+
+
+def main(words: Sequence[str]) -> None:
+    """`gift plan`."""
+    show(_Described(["fit", *words]).plan)
+
+
+def planned(footprint: Footprint, strategy: str | Strategy = "auto") -> Plan:
+    """The plan of a footprint that is spread over devices by a strategy.
+
+    Under DDP each device has all of it, and once more the gradients, in the buckets that are
+    exchanged. Under FSDP2 parameters, gradients, optimizer states and a FrozenCopy are divided by
+    the devices, and a unit at a time is gathered: what is outside the blocks stays, two blocks are
+    there while the next is fetched, a block's gradients until they are spread; a rollout gathers
+    all weights.
+
+    Raises:
+        ValueError: the strategy is another.
+    """
+    devices = footprint.setting.devices
+    name = _strategy(strategy, devices)
+    training, rollout = footprint.training(), footprint.rollout()
+    model = footprint.module.model
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    for phase in (training, rollout):
+        if phase is None:
+            continue
+        if name == "ddp" and not _views(strategy):
+            phase["gradients"] = phase.get("gradients", 0) + trained
+        if name == "fsdp2":
+            whole = phase["parameters"]
+            for part in _SHARDED:
+                phase[part] = -(-phase.get(part, 0) // devices)
+            blocks = _blocks(base_model(model))
+            largest = max(blocks, default=0)
+            unit = min(whole - sum(blocks) + 3 * largest, whole)
+            phase["gathered"] = unit if phase is training else whole - phase["parameters"]
+    about = footprint.module.about
+    return Plan(about, training, rollout, footprint.sizes, name, devices)
+
+
+def _devices(said: Any) -> int:
+    """How many a config asks for; "auto" and -1, as many as there are, count as those of here."""
+    if isinstance(said, list):
+        return len(said)
+    if said in ("auto", -1, "-1"):
+        return max(torch.cuda.device_count(), 1)
+    return len(said.strip(", ").split(",")) if isinstance(said, str) and "," in said else int(said)
+
+
+def _strategy(strategy: str | Strategy, devices: int) -> str:
+    name = (strategy if isinstance(strategy, str) else type(strategy).__name__).lower()
+    if name == "fsdp2":
+        return name
+    if name.startswith("ddp") or name == "auto":
+        return "ddp" if devices > 1 else "one device"
+    raise ValueError(f"gift plan knows trainer.strategy auto, ddp and fsdp2, not {name}.")
+
+
+def _views(strategy: str | Strategy) -> bool:
+    """Whether gradients live in DDP's buckets, and not beside them."""
+    options = strategy._ddp_kwargs if isinstance(strategy, DDPStrategy) else {}
+    return bool(options.get("gradient_as_bucket_view"))
+
+
+def _blocks(model: nn.Module) -> list[int]:
+    """Bytes of each transformer block."""
+    lists = [x for x in model.modules() if isinstance(x, nn.ModuleList)]
+    longest = max(lists, key=len, default=nn.ModuleList())
+    return [sum(p.nbytes for p in block.parameters()) for block in longest]
+
+
+def show(plan: Plan, console: Console | None = None) -> None:
+    """Prints the plan: a table of its parts, and a line for each card."""
+    console = console or Console()
+    phases = {"training": plan.training}
+    if plan.rollout is not None:
+        phases["rollout"] = plan.rollout
+    table = Table("GB at the peak of", *phases, box=SIMPLE, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for part, title in _PARTS.items():
+        values = [phase.get(part, 0) for phase in phases.values()]
+        if any(values):
+            table.add_row(title, *(f"{x / 1e9:.3f}" for x in values))
+    table.add_section()
+    totals = [sum(phase.values()) for phase in phases.values()]
+    table.add_row("in all", *(f"{x / 1e9:.3f}" for x in totals), style="bold")
+    where = plan.strategy if plan.devices == 1 else f"{plan.strategy}, {plan.devices} devices"
+    say = {"highlight": False, "markup": False, "soft_wrap": True}
+    console.print(f"{plan.about}; {where}; per device:", **say)  # type: ignore[arg-type]
+    console.print(table)
+    console.print(_assumed(plan.sizes), **say)  # type: ignore[arg-type]
+    for card in CARDS:
+        word = "fits" if plan.fits(card) else "does not fit"
+        console.print(f"{card:>4} GB: {word}", **say)  # type: ignore[arg-type]
+    console.print(
+        f"1 GB is 10⁹ bytes, 0.93 GiB. {MARGIN:.0%} of a card are left to its driver and to "
+        "fragmentation.",
+        **say,  # type: ignore[arg-type]
+    )
+
+
+def _assumed(sizes: Sizes) -> str:
+    parts = []
+    if sizes.lengths:
+        count, longest = len(sizes.lengths), max(sizes.lengths)
+        parts.append(f"{count} demonstrations of up to {longest} tokens, all learned")
+    if sizes.completions:
+        length = f"{sizes.prompt} + {sizes.completion}"
+        parts.append(f"{sizes.completions} completions of up to {length} tokens")
+    text = f"A micro-batch of {' and '.join(parts)}"
+    return f"{text}; {sizes.decoded} are sampled side by side." if sizes.decoded else f"{text}."

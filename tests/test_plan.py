@@ -1,0 +1,213 @@
+"""`gift plan`: what it foretells is what runs take, and it takes nothing itself."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from gift_lightning.cli import main
+from gift_lightning.models import load_tokenizer
+from gift_lightning.plan import Plan, _Described
+from gift_lightning.sizes import Sizes
+
+MODEL = "gift_lightning.models.causal_lm"
+TRAINER = {
+    "accelerator": "cpu",
+    "max_steps": 2,
+    "log_every_n_steps": 1,
+    "enable_progress_bar": False,
+    "enable_checkpointing": False,
+}
+VOCABULARY, BATCH, LENGTH = 8192, 8, 160
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of 6 million weights, and data whose samples are nearly of one length."""
+    folder = tmp_path_factory.mktemp("plan")
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    load_tokenizer("gift:countdown").save_pretrained(folder / "model")
+    ids = torch.randint(0, VOCABULARY, (2 * BATCH, LENGTH)).tolist()
+    rows = [{"input_ids": row[: LENGTH - i % 4]} for i, row in enumerate(ids)]
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    problems = [{"prompt": f"{i}" * 24, "target": i} for i in range(1, 9)]
+    (folder / "problems.jsonl").write_text("\n".join(map(json.dumps, problems)))
+    return folder
+
+
+def sft(folder: Path, **more: object) -> dict:
+    data = {"train": str(folder / "train.jsonl"), "batch_size": BATCH}
+    return {
+        "model": {"class_path": "SFT", "init_args": {"model": policy(folder), **more}},
+        "data": {"class_path": "SFTData", "init_args": data},
+    }
+
+
+def policy(folder: Path, **more: object) -> dict:
+    options = {"pretrained": str(folder / "model"), **more}
+    return {"class_path": MODEL, "init_args": options}
+
+
+def grpo(folder: Path) -> dict:
+    init = {
+        "model": policy(folder),
+        "rewards": ["small_rewards.Even"],
+        "reference": "FrozenCopy",
+        "kl_weight": 0.1,
+        "max_completion_length": LENGTH - 24,
+        "reward_workers": 1,
+    }
+    data = {"train": {"class_path": "JSONLProblems"}, "prompts_per_rollout": 2}
+    data["train"]["init_args"] = {"path": str(folder / "problems.jsonl")}
+    data |= {"num_generations": BATCH, "batch_size": BATCH}
+    return {
+        "model": {"class_path": "GRPO", "init_args": init},
+        "data": {"class_path": "PromptData", "init_args": data},
+    }
+
+
+GIFT = {"class_path": "GIFT", "init_args": {"beta": 3}}
+CASES = {
+    "standard SFT": lambda f: sft(f),
+    "GIFT with FrozenCopy": lambda f: sft(f, target=GIFT, reference="FrozenCopy"),
+    "GIFT with AdapterOff": lambda f: sft(
+        f, model=policy(f, lora={"r": 8}), target=GIFT, reference="AdapterOff"
+    ),
+    "gradient checkpointing": lambda f: sft(f, model=policy(f, gradient_checkpointing=True)),
+    "GRPO": grpo,
+}
+
+
+def written(folder: Path, name: str, config: dict) -> list[str]:
+    path = folder / f"{name}.yaml"
+    root = str(folder / "runs" / name)
+    path.write_text(yaml.safe_dump({**config, "trainer": {**TRAINER, "default_root_dir": root}}))
+    return ["fit", "--config", str(path)]
+
+
+def planned(words: list[str]):
+    return _Described(words).plan
+
+
+@pytest.fixture(scope="module")
+def measured(folder: Path) -> dict[str, int]:
+    """Bytes at the peak of a real run of each case."""
+    tiny = sft(folder, target=GIFT, reference="AdapterOff")  # imports what the others will
+    small = {"hidden_size": 32, "num_layers": 1, "lora": {"r": 2}}
+    model = {"class_path": "gift_lightning.models.tiny_llama", "init_args": small}
+    tiny["model"]["init_args"]["model"] = model
+    tiny["data"] = {"class_path": "CountdownData", "init_args": {"num_demonstrations": 16}}
+    tiny["data"]["init_args"] |= {"num_eval": 4, "batch_size": 4}
+    commands = [written(folder, "tiny", tiny)]
+    commands += [written(folder, name, case(folder)) for name, case in CASES.items()]
+    (folder / "cases.json").write_text(json.dumps(commands))
+    script = Path(__file__).with_name("peak_memory.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(script), str(folder / "cases.json")],
+        stdout=subprocess.PIPE,
+        env=environment,
+        cwd=script.parent,
+        check=True,
+    )
+    return dict(zip(CASES, json.loads(done.stdout), strict=True))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="measures resident memory as Linux counts it")
+@pytest.mark.parametrize("name", CASES)
+def test_a_run_takes_what_was_planned(folder: Path, measured: dict[str, int], name: str) -> None:
+    plan = planned(written(folder, name, CASES[name](folder)))
+    print(f"{name}: planned {plan.peak / 1e6:.0f} MB, measured {measured[name] / 1e6:.0f} MB")
+    assert plan.peak == pytest.approx(measured[name], rel=0.15)
+
+
+@pytest.fixture
+def bare(folder: Path, tmp_path: Path) -> Path:
+    """The same model as a folder without weights."""
+    for path in (folder / "model").iterdir():
+        if path.suffix != ".safetensors":
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path
+
+
+def bytes_of(folder: Path) -> int:
+    model = LlamaForCausalLM.from_pretrained(folder / "model")
+    return sum(p.nbytes for p in model.parameters())
+
+
+def test_no_weights_are_needed_and_nothing_is_written(
+    folder: Path, bare: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = sft(folder, target=GIFT, reference="FrozenCopy")
+    config["model"]["init_args"]["model"]["init_args"]["pretrained"] = str(bare)
+    words = written(folder, "bare", config)
+    monkeypatch.chdir(bare)
+    before = sorted(bare.rglob("*"))
+    main(["plan", *words[1:]])
+    said = capsys.readouterr().out
+    assert sorted(bare.rglob("*")) == before and not (folder / "runs" / "bare").exists()
+    assert f"{BATCH} demonstrations of up to {LENGTH} tokens" in said
+    assert all(part in said for part in ("parameters", "optimizer", "reference", "head chunk"))
+    assert "8 GB: fits" in said and "141 GB: fits" in said
+
+
+def test_a_strategy_spreads_what_it_spreads(folder: Path) -> None:
+    words = written(folder, "spread", sft(folder, target=GIFT, reference="FrozenCopy"))
+    weights = bytes_of(folder)
+    one = planned(words).training
+    ddp = planned([*words, "--trainer.devices", "4"])
+    assert ddp.strategy == "ddp"
+    assert {**ddp.training, "gradients": one["gradients"]} == one
+    assert ddp.training["gradients"] == one["gradients"] + weights
+    words += ["--trainer.devices", "4", "--trainer.num_nodes", "2", "--trainer.strategy"]
+    sharded = planned([*words, "fsdp2"])
+    assert sharded.training["reference"] == -(-one["reference"] // 8)
+    assert sharded.training["gathered"] > one["parameters"] / 2  # few blocks, a large vocabulary
+    with pytest.raises(ValueError, match="auto, ddp and fsdp2, not deepspeed"):
+        planned([*words, "deepspeed"])
+
+
+def test_half_precision_and_a_host_reference(folder: Path) -> None:
+    reference = {"class_path": "FrozenCopy", "init_args": {"dtype": "bfloat16"}}
+    config = sft(folder, target=GIFT, reference=reference)
+    words = written(folder, "half", config)
+    weights = bytes_of(folder)
+    away = ["--model.reference.device", "cpu", "--trainer.accelerator", "gpu"]
+    plan = planned([*words, *away])
+    assert plan.training["parameters"] == pytest.approx(weights, rel=1e-3)  # buffers are small
+    assert plan.training.get("reference", 0) < weights / 100
+    plan = planned([*words, "--trainer.precision", "bf16-true"])
+    assert plan.training["parameters"] == pytest.approx(weights / 2, rel=1e-3)
+    assert plan.training["reference"] == pytest.approx(weights / 2, rel=1e-3)
+
+
+def test_data_that_are_elsewhere_are_as_long_as_they_may_be(folder: Path) -> None:
+    config = sft(folder)
+    config["data"]["init_args"] |= {"train": "owner/name", "max_length": 64, "batch_size": 2}
+    words = written(folder, "elsewhere", config)
+    assert planned(words).sizes.lengths == (64, 63)
+    assert planned([*words, "--data.max_length", "9999"]).sizes.lengths == (256, 255)
+    with pytest.raises(ValueError, match=r"data\.max_length is null and .* set it"):
+        planned([*words, "--data.max_length", "null"])
+
+
+def test_a_card_is_not_filled_to_the_brim() -> None:
+    plan = Plan("SFT", {"parameters": 22 * 10**9}, None, Sizes(), "one device", 1)
+    assert not plan.fits(24) and plan.fits(48)
