@@ -34,11 +34,13 @@ from gift_lightning import (
     references,
     rollouts,
     sft,
+    sharding,
     targets,
 )
 from gift_lightning.errors import one_sentence, own_error, refuse_repeated_keys
 from gift_lightning.module import PolicyModule
 from gift_lightning.run import ExportHF, Report, SaveConfig, fresh_folder
+from gift_lightning.sharding import is_folder_of_shards
 
 # What a config may name without its module: every class in these is imported here.
 __all__ = [
@@ -57,6 +59,7 @@ __all__ = [
     "references",
     "rollouts",
     "sft",
+    "sharding",
     "targets",
 ]
 
@@ -176,7 +179,14 @@ class GiftCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         checkpoint = self.config[self.subcommand].get("ckpt_path")
-        if checkpoint is not None and not Path(checkpoint).is_file():
+        if checkpoint is not None and is_folder_of_shards(Path(checkpoint)):
+            strategy = str(self.config[self.subcommand].trainer.strategy)
+            if "fsdp2" not in strategy.lower():
+                raise ValueError(
+                    f"ckpt_path: {str(checkpoint)!r} is a folder of shards, which only "
+                    "`--trainer.strategy fsdp2` reads, on any number of devices."
+                )
+        elif checkpoint is not None and not Path(checkpoint).is_file():
             raise ValueError(
                 f"ckpt_path: {str(checkpoint)!r} is no file; every run has its own folder, so give "
                 "the checkpoint's path, for example runs/quickstart/checkpoints/last.ckpt."

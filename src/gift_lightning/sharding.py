@@ -1,0 +1,122 @@
+"""FSDP2: weights, gradients and optimizer states spread over all devices, layer by layer."""
+
+from collections.abc import Iterable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.fabric.utilities.types import ReduceOp
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+
+from gift_lightning.branches import blocks
+from gift_lightning.policy import Policy
+from gift_lightning.skeleton import Skeleton
+
+_INDEX = ".metadata"  # of a folder of shards
+_PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-true")
+
+
+class FSDP2(ModelParallelStrategy):
+    """Fully sharded data parallelism by `fully_shard`, on any device.
+
+    A transformer block is a unit, and so are what is left and an embedding that is not the head;
+    one unit at a time is gathered, in the weights' own dtype. Gradients are those of one process.
+
+    Args:
+        data_parallel_size: shares that samples and weights are split into; by default all devices.
+        save_distributed_checkpoint: whether a checkpoint is a folder to which every process writes
+            its shards, or one file for which they are gathered in the first process's memory.
+        process_group_backend: of torch.distributed; by default nccl on GPUs, gloo on the CPU.
+        timeout: of the processes' waiting for each other.
+    """
+
+    def __init__(
+        self,
+        data_parallel_size: Literal["auto"] | int = "auto",
+        save_distributed_checkpoint: bool = False,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+    ) -> None:
+        super().__init__(
+            data_parallel_size, 1, save_distributed_checkpoint, process_group_backend, timeout
+        )
+
+    def setup_environment(self) -> None:
+        world = self.num_nodes * self.num_processes
+        if self._data_parallel_size == "auto":
+            self._data_parallel_size = world
+        if self._data_parallel_size != world:
+            raise ValueError(
+                f"trainer.strategy fsdp2: data_parallel_size={self._data_parallel_size} is not the "
+                f"number of devices, {world}: leave it out."
+            )
+        precision = self.precision_plugin.precision
+        if precision not in _PRECISIONS:
+            raise ValueError(
+                f"trainer.precision {precision} does not run with strategy fsdp2: choose one of "
+                f"{', '.join(_PRECISIONS)}."
+            )
+        super().setup_environment()
+
+    def shard(self, policy: Policy) -> None:
+        """Spreads the weights of a policy over the devices; a second time, nothing."""
+        if isinstance(policy, FSDPModule):
+            return
+        policy.skeleton = Skeleton(policy.model)
+        mesh = self.device_mesh["data_parallel"]
+        embedding = policy.base.get_input_embeddings()
+        apart = embedding is not None and embedding.weight is not policy.head.weight
+        for unit in [*blocks(policy.base), *([embedding] if apart else [])]:
+            fully_shard(unit, mesh=mesh)
+        fully_shard(policy, mesh=mesh)
+        for method in ("token_logp", "projected"):
+            register_fsdp_forward_method(policy, method)
+
+    # Checkpoints.
+
+    def load_checkpoint(
+        self, checkpoint_path: str | Path, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Raises ValueError if the checkpoint does not hold exactly what the module trains."""
+        assert self.lightning_module is not None
+        check_names(self.lightning_module.state_dict(), _saved_names(Path(checkpoint_path)))
+        return super().load_checkpoint(checkpoint_path, weights_only)
+
+    def reduce(
+        self,
+        tensor: Tensor | Any,
+        group: Any | None = None,
+        reduce_op: ReduceOp | str | None = "mean",
+    ) -> Tensor:
+        """Over the data replicas."""
+        group = group or self.device_mesh["data_parallel"].get_group()
+        return super().reduce(tensor, group, reduce_op)
+
+
+StrategyRegistry.register("fsdp2", FSDP2, "FSDP2 over all devices")
+
+
+def is_folder_of_shards(path: Path) -> bool:
+    return (path / _INDEX).is_file()
+
+
+def check_names(own: Iterable[str], saved: Iterable[str]) -> None:
+    """Raises ValueError if a checkpoint does not hold exactly what a module trains."""
+    if wrong := set(own) ^ set(saved):
+        raise ValueError(
+            f"the checkpoint is of another model: {min(wrong)!r} is only in one of the two; "
+            "give the model.model that it was trained with."
+        )
+
+
+def _saved_names(checkpoint: Path) -> list[str]:
+    if not is_folder_of_shards(checkpoint):
+        state = torch.load(checkpoint, map_location="meta", weights_only=True, mmap=True)
+        return list(state["state_dict"])
+    names = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    return [name.removeprefix("state_dict.") for name in names if name.startswith("state_dict.")]
