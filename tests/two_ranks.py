@@ -1,19 +1,23 @@
 """Fits that a test starts in several processes: cases by name, one pair of processes for all.
 
-`python two_ranks.py STRATEGY FOLDER CASE...` runs each case in every process of a group that the
-environment describes as torchrun does, and alone where there is none. The first process writes
-`FOLDER/CASE.safetensors`, the weights, and `FOLDER/CASE.json`, what it measured.
+`python two_ranks.py STRATEGY FOLDER JOB...` runs each job in every process of a group that the
+environment describes as torchrun does, and alone where there is none. A job is CASE for 20 steps,
+CASE:save:FILE for 11 of them and a checkpoint, or CASE:load:FILE for what is left; a FILE named
+`shards` is a folder of shards. The first process writes `FOLDER/JOB.safetensors`, the weights, and
+`FOLDER/JOB.json`, what was measured.
 """
 
 import json
 import os
 import sys
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import save_file
 from torch.optim import AdamW
 
@@ -30,13 +34,15 @@ from gift_lightning.problems import CountdownProblems
 from gift_lightning.prompts import PromptData
 from gift_lightning.references import AdapterOff, FrozenCopy
 from gift_lightning.sft import SFT
-from gift_lightning.sharding import FSDP2  # noqa: F401 (registers its name)
+from gift_lightning.sharding import FSDP2
 from gift_lightning.targets import GIFT, PSFT, OneHot
 
 RANKS = int(os.environ.get("WORLD_SIZE", "1"))
 RANK = int(os.environ.get("RANK", "0"))
-STEPS = 20
+STEPS, STOP = 20, 11
 CACHE = "reference"  # the folder of a cache, beside the results
+
+SPLIT = {"accumulate_grad_batches": 2 // RANKS}
 
 Case = tuple[PolicyModule, pl.LightningDataModule, dict[str, Any]]
 
@@ -58,21 +64,23 @@ def optimizer(parameters: Any) -> AdamW:
 
 
 def demonstrations(**options: Any) -> CountdownData:
-    """Steps of 8, 8 and 1 sample, of which the last leaves a rank without; uneven validation."""
+    """Steps of 8, 8 and 1 sample, of which the last leaves a rank without; uneven validation.
+
+    One process takes two micro-batches where each of two takes one."""
     options = {"num_demonstrations": 17, "num_eval": 3, "seed": 1, **options}
-    return CountdownData(batch_size=8 // RANKS, **options)
+    return CountdownData(batch_size=4, **options)
 
 
 def sft(target: Any = None, tied: bool = True, lora: bool = False, **options: Any) -> Case:
     module = SFT(policy(tied, lora), target or OneHot(), optimizer=optimizer, **options)
-    return module, demonstrations(), {}
+    return module, demonstrations(), SPLIT
 
 
 def prompts(**options: Any) -> PromptData:
     """A group of 4 is sampled by one rank and trained by both."""
     options = {"prompts_per_rollout": 4, "num_generations": 4, **options}
     problems = CountdownProblems("train", "any", 12)
-    return PromptData(problems, batch_size=8 // RANKS, **options)
+    return PromptData(problems, batch_size=4, **options)
 
 
 RL: dict[str, Any] = {
@@ -84,23 +92,18 @@ RL: dict[str, Any] = {
 
 
 def grpo(lora: bool = False, **options: Any) -> Case:
-    return GRPO(policy(lora=lora), **{**RL, **options}), prompts(), {}
+    return GRPO(policy(lora=lora), **{**RL, **options}), prompts(), SPLIT
 
 
 def hybrid(**options: Any) -> Case:
     gac = GAC(update_every=1, ema_beta=0.5, change_cap=0.05, prior=None)
     module = Hybrid(policy(), controller=gac, **{**RL, **options})
-    return module, HybridData(prompts(), demonstrations(num_demonstrations=24)), {}
+    return module, HybridData(prompts(), demonstrations(num_demonstrations=24)), SPLIT
 
 
 CASES: dict[str, Callable[[], Case]] = {
     "sft": sft,
     "sft_untied": lambda: sft(tied=False),
-    "sft_accumulated": lambda: (
-        *sft()[:1],
-        CountdownData(batch_size=4 // RANKS, num_demonstrations=17, num_eval=3, seed=1),
-        {"accumulate_grad_batches": 2},
-    ),
     "lora": lambda: sft(lora=True),
     "gift_frozen": lambda: sft(GIFT(5.0), reference=FrozenCopy()),
     "gift_frozen_untied": lambda: sft(GIFT(5.0), tied=False, reference=FrozenCopy()),
@@ -117,53 +120,49 @@ CASES: dict[str, Callable[[], Case]] = {
 
 
 class Watch(pl.Callback):
-    """What was measured, and how much was sampled for each step."""
+    """What was measured; the gradient's norm and the samples of every step."""
 
     def __init__(self) -> None:
         self.metrics: dict[str, float] = {}
         self.norms: list[float] = []
+        self.samples: list[list[int]] = []
 
     def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
         self.norms.append(float(gradient_norm(module.parameters())))
+        parts = module.replicas.gathered(module._step.sample_ids)
+        self.samples.append(sorted(chain.from_iterable(parts)))
 
     def on_validation_end(self, trainer: Any, module: Any) -> None:
         found = trainer.callback_metrics.items()
         self.metrics = {k: float(v) for k, v in found if k.startswith("val")}
 
 
-def fit(strategy: Any, case: Case, callbacks: tuple[Any, ...] = (), **options: Any) -> Watch:
+def fit(strategy: Any, case: Case, save: Path | None, load: Path | None) -> Watch:
     pl.seed_everything(0, verbose=False)
-    module, data, own = case
-    watch = Watch()
+    module, data, options = case
+    callbacks: list[pl.Callback] = [Watch()]
+    if save:
+        saver = ModelCheckpoint(save.parent, save.stem, every_n_train_steps=STOP, save_top_k=-1)
+        callbacks.append(saver)
     trainer = pl.Trainer(
-        **{
-            "max_steps": STEPS,
-            "max_epochs": -1,
-            "accelerator": "cpu",
-            "strategy": strategy,
-            "devices": RANKS,
-            "logger": False,
-            "enable_checkpointing": any(hasattr(c, "best_model_path") for c in callbacks),
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "use_distributed_sampler": False,
-            "num_sanity_val_steps": 1,
-            "gradient_clip_val": 0.5,
-            "log_every_n_steps": 7,
-            **own,
-            **options,
-        },
-        callbacks=[watch, *callbacks],
+        max_steps=STOP if save else STEPS,
+        max_epochs=-1,
+        accelerator="cpu",
+        strategy=strategy,
+        devices=RANKS,
+        logger=False,
+        enable_checkpointing=bool(save),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=1,
+        gradient_clip_val=0.5,
+        log_every_n_steps=7,
+        callbacks=callbacks,
+        **options,
     )
-    trainer.fit(module, data, ckpt_path=None)
-    return watch
-
-
-def write(folder: Path, name: str, module: PolicyModule, watch: Watch) -> None:
-    state = module.policy.whole().state_dict()
-    if RANK == 0:
-        save_file({k: v.clone().contiguous() for k, v in state.items()}, folder / f"{name}.safetensors")
-        (folder / f"{name}.json").write_text(json.dumps([watch.metrics, watch.norms]))
+    trainer.fit(module, data, ckpt_path=load)
+    return callbacks[0]
 
 
 def write_cache() -> None:
@@ -172,16 +171,29 @@ def write_cache() -> None:
     CachedTopK(CACHE, k=8).write(module.policy, module.tokenizer, data.sets, overwrite=True)
 
 
-def main(strategy: str, folder: str, *names: str) -> None:
+def main(strategy: str, folder: str, *jobs: str) -> None:
     torch.set_num_threads(1)
     os.chdir(folder)
     if RANKS == 1:
         write_cache()
-    for name in names or CASES:
+    for job in jobs or CASES:
+        name, verb, path = (*job.split(":"), "", "")[:3]
+        checkpoint = Path(folder, path) if path else None
+        torch.manual_seed(0)
         case = CASES[name]()
-        watch = fit(strategy, case)
-        write(Path(folder), name, case[0], watch)
-        print(name, flush=True)
+        sharded = FSDP2(save_distributed_checkpoint=True)
+        watch = fit(
+            sharded if "shards" in path else strategy,
+            case,
+            checkpoint if verb == "save" else None,
+            checkpoint if verb == "load" else None,
+        )
+        state = case[0].policy.whole().state_dict()
+        if RANK == 0:
+            weights = {k: v.clone().contiguous() for k, v in state.items()}
+            save_file(weights, f"{job}.safetensors")
+            found = [watch.metrics, watch.norms, watch.samples]
+            Path(f"{job}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ from jsonargparse import ArgumentError, set_parsing_settings
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from gift_lightning import (
     cache,
@@ -78,6 +80,9 @@ _MORE = (
     "lm-evaluation-harness on a finished run; `gift export --run RUN --out DIR` writes any of its "
     "checkpoints as a Hugging Face folder."
 )
+
+
+_FSDP1 = FSDPStrategy.get_registered_strategies()
 
 
 class _Parser(LightningArgumentParser):
@@ -235,7 +240,17 @@ class GiftCLI(LightningCLI):
             config["logger"] = False
         mine.append(Report())
         config["callbacks"] = mine
-        return super()._instantiate_trainer(config, callbacks)
+        strategy = config.get("strategy")
+        if isinstance(strategy, FSDPStrategy) or str(strategy) in _FSDP1:
+            raise ValueError(
+                "trainer.strategy fsdp is FSDP1, which neither clips by norm nor runs on the "
+                "CPU: use `--trainer.strategy fsdp2`."
+            )
+        try:
+            return super()._instantiate_trainer(config, callbacks)
+        except (MisconfigurationException, ValueError, ImportError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise ValueError(f"trainer cannot be set up here: {reason}") from error
 
 
 def main(args: Sequence[str] | None = None) -> None:

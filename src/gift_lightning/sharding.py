@@ -7,17 +7,17 @@ from typing import Any, Literal
 
 import torch
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.fabric.utilities.load import _METADATA_FILENAME
 from lightning.fabric.utilities.types import ReduceOp
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed import checkpoint
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
 from gift_lightning.branches import blocks
 from gift_lightning.policy import Policy
 from gift_lightning.skeleton import Skeleton
 
-_INDEX = ".metadata"  # of a folder of shards
 _PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-true")
 
 
@@ -67,6 +67,9 @@ class FSDP2(ModelParallelStrategy):
         """Spreads the weights of a policy over the devices; a second time, nothing."""
         if isinstance(policy, FSDPModule):
             return
+        for parameter in policy.parameters():
+            if parameter.requires_grad:  # what was drawn at random is the first process's
+                parameter.data.copy_(self._from_first(parameter.data))
         policy.skeleton = Skeleton(policy.model)
         mesh = self.device_mesh["data_parallel"]
         embedding = policy.base.get_input_embeddings()
@@ -76,6 +79,11 @@ class FSDP2(ModelParallelStrategy):
         fully_shard(policy, mesh=mesh)
         for method in ("token_logp", "projected"):
             register_fsdp_forward_method(policy, method)
+
+    def _from_first(self, value: Tensor) -> Tensor:
+        value = value.to(self.root_device)
+        torch.distributed.broadcast(value, 0)
+        return value
 
     # Checkpoints.
 
@@ -102,7 +110,8 @@ StrategyRegistry.register("fsdp2", FSDP2, "FSDP2 over all devices")
 
 
 def is_folder_of_shards(path: Path) -> bool:
-    return (path / _INDEX).is_file()
+    """Whether a checkpoint is one."""
+    return (path / _METADATA_FILENAME).is_file()
 
 
 def check_names(own: Iterable[str], saved: Iterable[str]) -> None:
@@ -114,9 +123,24 @@ def check_names(own: Iterable[str], saved: Iterable[str]) -> None:
         )
 
 
-def _saved_names(checkpoint: Path) -> list[str]:
-    if not is_folder_of_shards(checkpoint):
-        state = torch.load(checkpoint, map_location="meta", weights_only=True, mmap=True)
+def read_shards(folder: Path, own: dict[str, Tensor]) -> dict[str, Any]:
+    """Reads a folder of shards in one process, without a group of them.
+
+    Args:
+        folder: a checkpoint.
+        own: the tensors to fill, under the names of the checkpoint's.
+
+    Returns:
+        All else that the checkpoint holds, but for the optimizer's state.
+    """
+    check_names(own, _saved_names(folder))
+    checkpoint.load({"state_dict": own}, checkpoint_id=folder, no_dist=True)
+    return torch.load(folder / _METADATA_FILENAME, map_location="cpu", weights_only=True)
+
+
+def _saved_names(path: Path) -> list[str]:
+    if not is_folder_of_shards(path):
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return list(state["state_dict"])
-    names = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    names = checkpoint.FileSystemReader(path).read_metadata().state_dict_metadata
     return [name.removeprefix("state_dict.") for name in names if name.startswith("state_dict.")]
