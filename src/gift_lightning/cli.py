@@ -266,7 +266,13 @@ def main(args: Sequence[str] | None = None) -> None:
     sys.path.insert(0, os.getcwd())  # a target in the user's own file: --model.target mine.Mine
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     # What Lightning says about itself, or about what is meant here.
-    for said in ".*LeafSpec.*", "LightningCLI's args.*", ".*logging interval.*", ".*has changed.*":
+    for said in (
+        ".*LeafSpec.*",
+        "LightningCLI's args.*",
+        ".*logging interval.*",
+        ".*has changed.*",
+        ".*sync_dist=True.*",
+    ):
         warnings.filterwarnings("ignore", message=said)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()

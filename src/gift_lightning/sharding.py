@@ -13,10 +13,11 @@ from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import Tensor
 from torch.distributed import checkpoint
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.optim import Optimizer
 
 from gift_lightning.branches import blocks
 from gift_lightning.policy import Policy
-from gift_lightning.skeleton import Skeleton
+from gift_lightning.skeleton import Skeleton, full, sharded_like
 
 _PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-true")
 
@@ -87,13 +88,50 @@ class FSDP2(ModelParallelStrategy):
 
     # Checkpoints.
 
+    @torch.no_grad()
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Raises ValueError if the checkpoint does not hold exactly what the module trains."""
         assert self.lightning_module is not None
-        check_names(self.lightning_module.state_dict(), _saved_names(Path(checkpoint_path)))
-        return super().load_checkpoint(checkpoint_path, weights_only)
+        path, own = Path(checkpoint_path), self.lightning_module.state_dict()
+        check_names(own, _saved_names(path))
+        if is_folder_of_shards(path):
+            return super().load_checkpoint(path, weights_only)
+        saved = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
+        for name, value in saved.pop("state_dict").items():
+            own[name].copy_(sharded_like(own[name], value))
+        states = saved["optimizer_states"] if self.optimizers else []
+        for optimizer, state in zip(self.optimizers, states, strict=True):
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            for i, values in state["state"].items():
+                for name, value in values.items():
+                    if value.shape == parameters[i].shape:
+                        values[name] = sharded_like(parameters[i], value)
+            optimizer.load_state_dict(state)
+        return saved
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """As of one process; where it is not sharded, on the first process alone."""
+        if self._save_distributed_checkpoint:
+            return super().lightning_module_state_dict()
+        assert self.lightning_module is not None
+        return self._gathered(self.lightning_module.state_dict())
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """As of one process; where it is not sharded, on the first process alone."""
+        if self._save_distributed_checkpoint:
+            return super().optimizer_state(optimizer)
+        state = optimizer.state_dict()
+        return {**state, "state": {i: self._gathered(x) for i, x in state["state"].items()}}
+
+    def _gathered(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        found = {}
+        for name, value in values.items():
+            whole = full(value)
+            if self.is_global_zero:
+                found[name] = whole.cpu()
+        return found
 
     def reduce(
         self,
