@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 import two_ranks
+from gift_lightning.cli import main
+from gift_lightning.sharding import check_names, is_folder_of_shards
 
 SCRIPT = Path(two_ranks.__file__)
 RESUMED = ["psft", "gift_adapter_off", "grpo_kl"]  # inside an epoch, and inside a rollout
@@ -147,3 +150,89 @@ def test_two_go_on_from_shards(one: Path, fsdp2: Path, case: str) -> None:
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2", "shards"])
 def test_one_goes_on_where_two_were(one: Path, resumed: Path, case: str, kind: str) -> None:
     same(resumed, one, f"{case}:load:{case}-{kind}.ckpt", case)
+
+
+# --- the command line -------------------------------------------------------------------------
+
+TINY = """
+model:
+  class_path: SFT
+  init_args:
+    model:
+      class_path: gift_lightning.models.tiny_llama
+      init_args: {hidden_size: 16, num_layers: 1, num_heads: 2, lora: {r: 2}}
+    target: GIFT
+    reference: AdapterOff
+data:
+  class_path: CountdownData
+  init_args: {num_demonstrations: 32, num_eval: 3, batch_size: 8}
+trainer:
+  max_steps: 2
+  enable_progress_bar: false
+  accelerator: cpu
+  default_root_dir: runs/tiny
+  callbacks:
+    - class_path: GenerationEval
+      init_args: {num_samples: 2, ks: [1], max_new_tokens: 4}
+"""
+FIT = ["fit", "--config", "tiny.yaml"]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which `gift` has started two processes that write a folder of shards."""
+    folder = tmp_path_factory.mktemp("shards")
+    (folder / "tiny.yaml").write_text(TINY)
+    flags = ["--trainer.strategy", "FSDP2", "--trainer.devices", "2"]
+    flags += ["--trainer.strategy.save_distributed_checkpoint", "true"]
+    command = [sys.executable, "-m", "gift_lightning", *FIT, *flags]
+    own = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=folder, env=own, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Written to runs/tiny") == 1  # by one of them
+    return folder
+
+
+def test_shards_are_exported_as_what_was_trained(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(shards)
+    assert is_folder_of_shards(shards / "runs/tiny/checkpoints/last.ckpt")
+    main(["export", "--run", "runs/tiny", "--out", "out"])
+    mine, theirs = (load_file(f / "model.safetensors") for f in (Path("runs/tiny/hf"), Path("out")))
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(weight, theirs[name]) for name, weight in mine.items())
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--trainer.strategy", "fsdp"], "use `--trainer.strategy fsdp2`"),
+        (["--trainer.strategy", "nonsense"], "trainer cannot be set up here: .*nonsense"),
+        (["--trainer.accelerator", "gpu"], "trainer cannot be set up here: .*gpu"),
+        (["--ckpt_path", "last.ckpt"], "is a folder of shards, which only `--trainer.strategy"),
+        (["--trainer.strategy", "fsdp2", "--trainer.precision", "64-true"], "precision 64-true"),
+    ],
+    ids=lambda x: x[-1] if isinstance(x, list) else None,
+)
+def test_what_cannot_run_is_said_in_one_sentence(
+    flags: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.yaml").write_text(TINY)
+    Path("last.ckpt").mkdir()
+    Path("last.ckpt/meta.pt").touch()
+    with pytest.raises(SystemExit) as stopped:
+        main([*FIT, *flags])
+    assert stopped.value.code == 1 and not Path("runs").exists()
+    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("gift: error: ")]
+    assert len(lines) == 1 and re.search(said, lines[0])
+
+
+def test_a_checkpoint_of_another_model_is_refused() -> None:
+    with pytest.raises(ValueError, match="of another model: 'b' is only in one of the two"):
+        check_names(["a"], ["a", "b"])

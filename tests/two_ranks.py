@@ -39,10 +39,11 @@ from gift_lightning.targets import GIFT, PSFT, OneHot
 
 RANKS = int(os.environ.get("WORLD_SIZE", "1"))
 RANK = int(os.environ.get("RANK", "0"))
+REPLICAS = RANKS // 2 if "tensor" in sys.argv else RANKS
 STEPS, STOP = 20, 11
 CACHE = "reference"  # the folder of a cache, beside the results
 
-SPLIT = {"accumulate_grad_batches": 2 // RANKS}
+SPLIT = {"accumulate_grad_batches": 2 // REPLICAS}
 
 Case = tuple[PolicyModule, pl.LightningDataModule, dict[str, Any]]
 
@@ -181,9 +182,13 @@ def main(strategy: str, folder: str, *jobs: str) -> None:
         checkpoint = Path(folder, path) if path else None
         torch.manual_seed(0)
         case = CASES[name]()
-        sharded = FSDP2(save_distributed_checkpoint=True)
+        used: Any = strategy
+        if strategy == "tensor":
+            used = FSDP2(tensor_parallel_size=2)
+        elif "shards" in path:
+            used = FSDP2(save_distributed_checkpoint=True)
         watch = fit(
-            sharded if "shards" in path else strategy,
+            used,
             case,
             checkpoint if verb == "save" else None,
             checkpoint if verb == "load" else None,

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from gift_lightning.controllers import MixStats
 from gift_lightning.head import kept_graph
+from gift_lightning.skeleton import full
 
 Reduce = Callable[[Tensor, str], Tensor]
 """`reduce(x, "sum")` over the ranks."""
@@ -38,7 +39,7 @@ class BranchGradients:
                 )
             zipped = zip(found, self.parameters, strict=True)
             flat = torch.cat(
-                [(torch.zeros_like(p) if g is None else g).flatten().float() for g, p in zipped]
+                [full(torch.zeros_like(p) if g is None else g).flatten().float() for g, p in zipped]
             )
             flat = flat.detach()
             self._sums[branch] = self._sums.get(branch, 0.0) + flat

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from gift_lightning.collate import Batch
 from gift_lightning.diagnostics import peak_memory_gib
 from gift_lightning.functional import IGNORED
-from gift_lightning.guard import StepGuard, gradient_norm
+from gift_lightning.guard import StepGuard, clip_gradients, gradient_norm
 from gift_lightning.models import base_model, for_export, load_tokenizer
 from gift_lightning.policy import Policy
 from gift_lightning.position import PositionedData
@@ -244,8 +244,7 @@ class PolicyModule(pl.LightningModule):
         elif not self._step.skipped:
             norm = self._step.norm
             assert norm is not None
-            parameters = [p for p in self.parameters() if p.grad is not None]
-            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+            clip_gradients(self.parameters(), gradient_clip_val, norm)
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         if not self._step.skipped:

@@ -3,16 +3,23 @@
 from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.fabric.utilities.load import _METADATA_FILENAME
 from lightning.fabric.utilities.types import ReduceOp
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from peft import PeftModel
 from torch import Tensor
 from torch.distributed import checkpoint
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.optim import Optimizer
 
 from gift_lightning.branches import blocks
@@ -29,7 +36,8 @@ class FSDP2(ModelParallelStrategy):
     one unit at a time is gathered, in the weights' own dtype. Gradients are those of one process.
 
     Args:
-        data_parallel_size: shares that samples and weights are split into; by default all devices.
+        tensor_parallel_size: neighbouring devices that share every matrix product of a block, and
+            see the same samples; by the plan that the model's config brings.
         save_distributed_checkpoint: whether a checkpoint is a folder to which every process writes
             its shards, or one file for which they are gathered in the first process's memory.
         process_group_backend: of torch.distributed; by default nccl on GPUs, gloo on the CPU.
@@ -38,24 +46,28 @@ class FSDP2(ModelParallelStrategy):
 
     def __init__(
         self,
-        data_parallel_size: Literal["auto"] | int = "auto",
+        tensor_parallel_size: int = 1,
         save_distributed_checkpoint: bool = False,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
     ) -> None:
         super().__init__(
-            data_parallel_size, 1, save_distributed_checkpoint, process_group_backend, timeout
+            "auto",
+            tensor_parallel_size,
+            save_distributed_checkpoint,
+            process_group_backend,
+            timeout,
         )
+        self.tensor_parallel_size = tensor_parallel_size
 
     def setup_environment(self) -> None:
-        world = self.num_nodes * self.num_processes
-        if self._data_parallel_size == "auto":
-            self._data_parallel_size = world
-        if self._data_parallel_size != world:
+        world, size = self.num_nodes * self.num_processes, self.tensor_parallel_size
+        if size < 1 or world % size:
             raise ValueError(
-                f"trainer.strategy fsdp2: data_parallel_size={self._data_parallel_size} is not the "
-                f"number of devices, {world}: leave it out."
+                f"trainer.strategy.tensor_parallel_size={size} does not divide the {world} devices:"
+                " change one of them."
             )
+        self._data_parallel_size = world // size
         precision = self.precision_plugin.precision
         if precision not in _PRECISIONS:
             raise ValueError(
@@ -72,6 +84,9 @@ class FSDP2(ModelParallelStrategy):
             if parameter.requires_grad:  # what was drawn at random is the first process's
                 parameter.data.copy_(self._from_first(parameter.data))
         policy.skeleton = Skeleton(policy.model)
+        if self.tensor_parallel_size > 1:
+            plan = tensor_plan(policy, self.tensor_parallel_size)
+            parallelize_module(policy.base.base_model, self.device_mesh["tensor_parallel"], plan)
         mesh = self.device_mesh["data_parallel"]
         embedding = policy.base.get_input_embeddings()
         apart = embedding is not None and embedding.weight is not policy.head.weight
@@ -145,6 +160,27 @@ class FSDP2(ModelParallelStrategy):
 
 
 StrategyRegistry.register("fsdp2", FSDP2, "FSDP2 over all devices")
+
+
+_STYLES = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel}
+
+
+def tensor_plan(policy: Policy, size: int) -> dict[str, ParallelStyle]:
+    """How the matrices of a block are split over some devices.
+
+    Raises:
+        ValueError: the model has no such plan, trains adapters, or its sizes are no multiples.
+    """
+    key = f"trainer.strategy.tensor_parallel_size={size}"
+    config = policy.base.config.get_text_config()
+    plan = getattr(config, "base_model_tp_plan", None) or {"": "none"}
+    if isinstance(policy.model, PeftModel) or not _STYLES.keys() >= set(plan.values()):
+        kind = "adapters" if isinstance(policy.model, PeftModel) else type(policy.base).__name__
+        raise ValueError(f"{key} does not split {kind}: leave it at 1.")
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        if (count := getattr(config, name, 0)) % size:
+            raise ValueError(f"{key} does not divide the model's {name}, {count}: lower it.")
+    return {name: _STYLES[style]() for name, style in plan.items()}
 
 
 def is_folder_of_shards(path: Path) -> bool:
