@@ -21,6 +21,7 @@ from gift_lightning.functional import pass_at_k
 from gift_lightning.generation import generate
 from gift_lightning.models import causal_lm
 from gift_lightning.problems import CountdownProblems, Problem, Problems
+from gift_lightning.replicas import Replicas
 from gift_lightning.rewards import Reward
 from gift_lightning.run import Report
 from gift_lightning.sampler import Sampler
@@ -419,12 +420,14 @@ def test_ranks_share_the_problems(monkeypatch):
     drawing = Sampler(_callback().settings, ["test_evaluation.Share"], SETS, module)
 
     def rank(rank, world_size):
-        fixed = {"global_rank": rank, "world_size": world_size, "__init__": lambda self: None}
-        return drawing.sample("mixed", module, type("Rank", (pl.Trainer,), fixed)())
+        fixed = {"global_rank": rank, "world_size": world_size, "strategy": None}
+        fixed["__init__"] = lambda self: None
+        trainer = type("Rank", (pl.Trainer,), fixed)()
+        return drawing.sample("mixed", module.model, module, trainer)
 
     whole = rank(0, 1)
     with monkeypatch.context() as patch:
-        patch.setattr(sampler, "_gathered", lambda rows, world_size: rows)
+        patch.setattr(Replicas, "gathered", lambda self, rows: [rows])
         parts = [rank(r, 2) for r in range(2)]
     assert [len(part) for part in parts] == [3 * 8, 2 * 8]
 

@@ -16,6 +16,7 @@ from gift_lightning.grpo import GRPO
 from gift_lightning.models import causal_lm, load_tokenizer
 from gift_lightning.problems import CountdownProblems, Problem, Problems
 from gift_lightning.prompts import PromptData, Ticket, Tickets
+from gift_lightning.replicas import Replicas
 from gift_lightning.rewards import build_rewards
 from gift_lightning.rollouts import HFRollout, RolloutEngine, Sampling
 
@@ -53,6 +54,8 @@ def data(problems=None, world=1, accumulate=1, tokenizer=None, **options):
     made.trainer = SimpleNamespace(
         accumulate_grad_batches=accumulate,
         world_size=world,
+        global_rank=0,
+        strategy=None,
         is_global_zero=False,
         lightning_module=SimpleNamespace(tokenizer=tokenizer or load_tokenizer("gift:countdown")),
     )
@@ -238,7 +241,7 @@ def test_dynamic_sampling_never_repeats_a_prompt(rounds, drawn):
     )  # fmt: skip
     try:
         for ticket in made.sampler:
-            x, _ = collector.collect(None, made, ticket, 1, 0)
+            x, _ = collector.collect(None, made, ticket, Replicas())
             prompts = [prompt for call in engine.calls[-1] for prompt in call]
             assert len(prompts) == len(set(prompts)) == drawn
             assert prompts[:4] == [tuple(made.prompt_ids[i]) for i in ticket.prompts]
@@ -308,7 +311,6 @@ def test_the_limit_may_be_left_out():
         ({"prompts_per_rollout": 8}, "prompts_per_rollout"),
         ({"num_generations": 8}, "num_generations"),
         ({"batch_size": 8}, "samples per step"),
-        ({"batch_size": 8, "accumulate": 2}, "accumulate_grad_batches"),
         ({"problems": CountdownProblems("train", "any", 12, seed=1)}, "samples"),
         ({"problems": CountdownProblems("train", "any", 13)}, "samples"),
     ],
@@ -324,7 +326,15 @@ def test_what_rewards_read_is_part_of_the_identity():
     assert {key for key in a if a[key] != b[key]} == {"samples"}
 
 
-@pytest.mark.parametrize("changes", [{"batch_size": 8, "world": 2}, {"packing": False}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"batch_size": 8, "world": 2},
+        {"batch_size": 8, "accumulate": 2},
+        {"packing": False},
+    ],
+    ids=str,
+)
 def test_devices_and_packing_change_nothing(changes):
     assert data(**changes).identity == data().identity
 

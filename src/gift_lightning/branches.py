@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from gift_lightning.controllers import MixStats
 from gift_lightning.head import kept_graph
+from gift_lightning.skeleton import full
 
 Reduce = Callable[[Tensor, str], Tensor]
 """`reduce(x, "sum")` over the ranks."""
@@ -37,7 +38,9 @@ class BranchGradients:
                     loss, self.parameters, retain_graph=True, allow_unused=True
                 )
             zipped = zip(found, self.parameters, strict=True)
-            flat = torch.cat([(p * 0 if g is None else g).flatten().float() for g, p in zipped])
+            flat = torch.cat(
+                [full(torch.zeros_like(p) if g is None else g).flatten().float() for g, p in zipped]
+            )
             flat = flat.detach()
             self._sums[branch] = self._sums.get(branch, 0.0) + flat
             self._energies[branch] = self._energies.get(branch, 0.0) + float(
@@ -74,10 +77,14 @@ class BranchGradients:
         return found, MixStats(noise[ROLLOUTS], noise[DEMONSTRATIONS], distance)
 
 
-def last_block(model: nn.Module) -> list[nn.Parameter]:
-    """The trainable parameters of the last transformer block, or all if it has none."""
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The transformer blocks, or none where the model has no list of them."""
     lists = {k: m for k, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
     inner = {k for k in lists for outer in lists if k.startswith(f"{outer}.")}  # such as experts
-    blocks = max((m for k, m in lists.items() if k not in inner), key=len, default=None)
-    own = [] if blocks is None else [p for p in blocks[-1].parameters() if p.requires_grad]
-    return own or [p for p in model.parameters() if p.requires_grad]
+    return list(max((m for k, m in lists.items() if k not in inner), key=len, default=[]))
+
+
+def last_block(model: nn.Module) -> nn.Module:
+    """The last transformer block, or the model where that trains nothing or there is none."""
+    last = [model, *blocks(model)][-1]
+    return last if any(p.requires_grad for p in last.parameters()) else model

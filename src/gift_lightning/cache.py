@@ -49,7 +49,6 @@ from gift_lightning.references import (
     FrozenCopy,
     Reference,
     Samples,
-    _projected,
     require_intact_base,
 )
 
@@ -257,7 +256,7 @@ class CachedTopK(Reference):
         else:
             off = adapter_off if isinstance(policy.model, PeftModel) else nullcontext
             with scoring(policy.model), off(policy.model):
-                rows = _projected(policy, batch)
+                rows = policy.projected(batch)
         for chunk in chunks(len(labels), default_chunk(len(policy.head.weight))):
             yield chunk, _truncate(Distribution(rows.logits(chunk), labels[chunk]), k)
 

@@ -17,6 +17,8 @@ from jsonargparse import ArgumentError, set_parsing_settings
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from gift_lightning import (
     cache,
@@ -34,11 +36,13 @@ from gift_lightning import (
     references,
     rollouts,
     sft,
+    sharding,
     targets,
 )
 from gift_lightning.errors import one_sentence, own_error, refuse_repeated_keys
 from gift_lightning.module import PolicyModule
 from gift_lightning.run import ExportHF, Report, SaveConfig, fresh_folder
+from gift_lightning.sharding import is_folder_of_shards
 
 # What a config may name without its module: every class in these is imported here.
 __all__ = [
@@ -57,6 +61,7 @@ __all__ = [
     "references",
     "rollouts",
     "sft",
+    "sharding",
     "targets",
 ]
 
@@ -76,6 +81,9 @@ _MORE = (
     "checkpoints as a Hugging Face folder; `gift plan`, with the flags of `gift fit`, tells how "
     "much memory a run takes on each device."
 )
+
+
+_FSDP1 = FSDPStrategy.get_registered_strategies()
 
 
 class _Parser(LightningArgumentParser):
@@ -177,7 +185,14 @@ class GiftCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         checkpoint = self.config[self.subcommand].get("ckpt_path")
-        if checkpoint is not None and not Path(checkpoint).is_file():
+        if checkpoint is not None and is_folder_of_shards(Path(checkpoint)):
+            strategy = str(self.config[self.subcommand].trainer.strategy)
+            if "fsdp2" not in strategy.lower():
+                raise ValueError(
+                    f"ckpt_path: {str(checkpoint)!r} is a folder of shards, which only "
+                    "`--trainer.strategy fsdp2` reads, on any number of devices."
+                )
+        elif checkpoint is not None and not Path(checkpoint).is_file():
             raise ValueError(
                 f"ckpt_path: {str(checkpoint)!r} is no file; every run has its own folder, so give "
                 "the checkpoint's path, for example runs/quickstart/checkpoints/last.ckpt."
@@ -226,7 +241,17 @@ class GiftCLI(LightningCLI):
             config["logger"] = False
         mine.append(Report())
         config["callbacks"] = mine
-        return super()._instantiate_trainer(config, callbacks)
+        strategy = config.get("strategy")
+        if isinstance(strategy, FSDPStrategy) or str(strategy) in _FSDP1:
+            raise ValueError(
+                "trainer.strategy fsdp is FSDP1, which neither clips by norm nor runs on the "
+                "CPU: use `--trainer.strategy fsdp2`."
+            )
+        try:
+            return super()._instantiate_trainer(config, callbacks)
+        except (MisconfigurationException, ValueError, ImportError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise ValueError(f"trainer cannot be set up here: {reason}") from error
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -242,7 +267,13 @@ def main(args: Sequence[str] | None = None) -> None:
     sys.path.insert(0, os.getcwd())  # a target in the user's own file: --model.target mine.Mine
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     # What Lightning says about itself, or about what is meant here.
-    for said in ".*LeafSpec.*", "LightningCLI's args.*", ".*logging interval.*", ".*has changed.*":
+    for said in (
+        ".*LeafSpec.*",
+        "LightningCLI's args.*",
+        ".*logging interval.*",
+        ".*has changed.*",
+        ".*sync_dist=True.*",
+    ):
         warnings.filterwarnings("ignore", message=said)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 import torch
-import torch.distributed
 from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -15,6 +14,7 @@ from gift_lightning.generation import Completion
 from gift_lightning.policy_loss import Scale, group_advantages, has_signal
 from gift_lightning.problems import Problem
 from gift_lightning.prompts import PromptData, Ticket
+from gift_lightning.replicas import Replicas
 from gift_lightning.rewards import WeightedReward
 from gift_lightning.rollouts import RolloutEngine, Sampling
 from gift_lightning.sampler import request
@@ -65,7 +65,7 @@ class Collector:
         self.pool = RewardPool(rewards, num_workers, timeout)
 
     def collect(
-        self, model: PreTrainedModel, data: PromptData, ticket: Ticket, world: int, rank: int
+        self, model: PreTrainedModel, data: PromptData, ticket: Ticket, replicas: Replicas
     ) -> tuple[Experience, dict[str, Noted]]:
         """Samples and scores the rollout of a ticket.
 
@@ -75,7 +75,7 @@ class Collector:
         """
         self.engine.sync(model)
         prompts = list(ticket.prompts)
-        groups = self._sample(data, ticket.rollout, 0, prompts, world, rank)
+        groups = self._sample(data, ticket.rollout, 0, prompts, replicas)
         metrics = self._metrics(groups)
         tried, num_replaced = set(prompts), 0
         for turn in range(1, self.max_resamples + 1):
@@ -84,11 +84,12 @@ class Collector:
             if not fresh:
                 break
             tried.update(fresh)
-            found = self._sample(data, ticket.rollout, turn, fresh, world, rank)
+            found = self._sample(data, ticket.rollout, turn, fresh, replicas)
             alive = has_signal(self._rewards(found)).nonzero()[:, 0].tolist()
             for place, i in zip(dead, alive, strict=False):
                 prompts[place], groups[place] = fresh[i], found[i]
                 num_replaced += 1
+        self.engine.release()
         metrics["num_replaced_groups"] = (num_replaced, 1)
         rewards = self._rewards(groups)
         completions = [completion for group, _ in groups for completion in group]
@@ -116,11 +117,10 @@ class Collector:
         rollout: int,
         turn: int,
         prompts: Sequence[int],
-        world: int,
-        rank: int,
+        replicas: Replicas,
     ) -> list[Group]:
-        """A group for each prompt; the ranks share the work and exchange what they found."""
-        mine = range(rank, len(prompts), world)
+        """A group for each prompt; the replicas share the work and exchange what they found."""
+        mine = range(replicas.index, len(prompts), replicas.number)
         sampled = self.engine.generate(
             [data.prompt_ids[prompts[place]] for place in mine],
             data.num_generations,
@@ -130,12 +130,9 @@ class Collector:
         )
         problems = [data.problems[prompts[place]] for place in mine]
         scored = self.score(problems, sampled)
-        share = list(zip(sampled, scored, strict=True))
-        shares: list[list[Group]] = [share]
-        if world > 1:
-            shares = [[] for _ in range(world)]
-            torch.distributed.all_gather_object(shares, share)
-        return [shares[place % world][place // world] for place in range(len(prompts))]
+        shares = replicas.gathered(list(zip(sampled, scored, strict=True)))
+        number = replicas.number
+        return [shares[place % number][place // number] for place in range(len(prompts))]
 
     def score(
         self, problems: Sequence[Problem], sampled: Sequence[Sequence[Completion]]

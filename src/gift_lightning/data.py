@@ -20,6 +20,7 @@ from gift_lightning.order import MicroBatch, MicroBatches, Sequential, mixture
 from gift_lightning.position import PositionedData
 from gift_lightning.records import Record, Rejected, Source, read
 from gift_lightning.render import Rendering, Truncation, encode_all
+from gift_lightning.replicas import Replicas
 from gift_lightning.seeds import keyed_seed
 
 Sources: TypeAlias = str | Source | list[str | Source]
@@ -150,7 +151,8 @@ class SFTData(PositionedData):
         """Prepare for the trainer: tokenizer and vocabulary size come from its module."""
         trainer = self.trainer
         assert trainer is not None
-        world, rank = trainer.world_size, trainer.global_rank
+        replicas = Replicas.of(trainer)
+        world, rank = replicas.number, replicas.index
         if getattr(trainer, "overfit_batches", 0):
             raise ValueError(
                 "trainer.overfit_batches replaces the order of the data, which is this data "
@@ -236,7 +238,6 @@ class SFTData(PositionedData):
             "samples": hashlib.sha256(examples.digest.encode() + ids.tobytes()).hexdigest(),
             "seed": self.seed,
             "samples per step": self.sampler.samples_per_step,
-            "accumulate_grad_batches": self.sampler.accumulate,
         }
 
 

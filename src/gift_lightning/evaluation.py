@@ -19,6 +19,7 @@ from gift_lightning.metrics import (
     ProblemMean,
     TruncationRate,
 )
+from gift_lightning.module import PolicyModule
 from gift_lightning.problems import Problem, Problems
 from gift_lightning.sampler import Sampler, Settings
 
@@ -191,8 +192,11 @@ class GenerationEval(Callback):
         assert self._sampler is not None, "setup comes first"
         rows: list[Row] = []
         metrics: dict[str, float] = {}
+        model: Any = pl_module.model
+        if isinstance(pl_module, PolicyModule):
+            model = pl_module.policy.whole().model
         for name in self._sampler.sets:
-            sampled = self._sampler.sample(name, pl_module, trainer)
+            sampled = self._sampler.sample(name, model, pl_module, trainer)
             measured = self._measured(sampled)
             metrics |= {f"val/{name}/{key}": value for key, value in measured.items()}
             rows += sampled

@@ -19,6 +19,7 @@ from gift_lightning.errors import CommandParser
 from gift_lightning.models import base_model, for_export
 from gift_lightning.module import PolicyModule
 from gift_lightning.quantization import is_quantized, keep_layout, merged, unquantized
+from gift_lightning.sharding import is_folder_of_shards, read_shards
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _BASES = ["dequantized", "original"]
@@ -82,10 +83,13 @@ def load(run: Path, checkpoint: Path) -> tuple[PolicyModule, list[int]]:
     """
     if not (run / "config.yaml").is_file():
         raise ValueError(f"--run: {run} is no run, it has no config.yaml.")
-    if not checkpoint.is_file():
+    sharded = is_folder_of_shards(checkpoint)
+    if not sharded and not checkpoint.is_file():
         raise ValueError(f"{checkpoint} is no file: give --checkpoint.")
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     module = build_model(config["model"])
+    if sharded:
+        return module.eval(), read_shards(checkpoint, module.state_dict())["end_ids"]
     state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     module.load_state_dict(state["state_dict"], strict=module.strict_loading)
     return module.eval(), state["end_ids"]

@@ -175,7 +175,7 @@ class GRPO(OnPolicy):
     def sequence_weights(self, sequences: Tensor) -> Tensor:
         """[n] what each token's loss counts in the step's."""
         local = self.objective.loss == "bnpo"  # by definition a mean over the micro-batch
-        num_parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        num_parts = self.trainer.accumulate_grad_batches * self.replicas.number
         weights = token_weights(
             self.objective,
             sequences,

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from gift_lightning.skeleton import full
+
 
 class Diverged(RuntimeError):
     """Several optimizer steps in a row had to be skipped."""
@@ -68,5 +70,21 @@ class StepGuard:
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """L2 norm of all gradients, [] on their device; sharded gradients are gathered."""
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    groups = [[p.grad for p in group] for group in _by_mesh(parameters)]
+    norms = [full(torch.nn.utils.get_total_norm(group)) for group in groups]
+    return torch.stack(norms).norm() if len(norms) > 1 else [*norms, torch.zeros(())][0]
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], largest: float, norm: Tensor) -> None:
+    """Scales all gradients so that their norm, which is known, is at most the largest."""
+    for group in _by_mesh(parameters):
+        torch.nn.utils.clip_grads_with_norm_(group, largest, norm)
+
+
+def _by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Those with gradients, apart by where they are spread: tensor parallelism has two kinds."""
+    groups: dict[object, list[nn.Parameter]] = {}
+    for p in parameters:
+        if p.grad is not None:
+            groups.setdefault(getattr(p.grad, "device_mesh", None), []).append(p)
+    return list(groups.values())

@@ -129,7 +129,7 @@ class Hybrid(Imitation, GRPO):
         self._stats = None  # another fit starts anew
         self._measured.forget()
         self.controller.load_state_dict(self._fresh)
-        parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        parts = self.trainer.accumulate_grad_batches * self.replicas.number
         if "gradient" in self.controller.measures and parts < 2:
             raise ValueError(
                 f"controller {type(self.controller).__name__} estimates noise between the "
@@ -176,7 +176,7 @@ class Hybrid(Imitation, GRPO):
         losses = {branch: self.share_of_step(share) for branch, share in shares.items()}
         if self._measures_gradients:
             self._measured.add_gradients(losses)
-        num_parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        num_parts = self.trainer.accumulate_grad_batches * self.replicas.number
         for branch, share in shares.items():
             self.means.add(f"loss/{branch}", float(share.detach()), 1 / num_parts)
         return torch.stack([weights[b] * x for b, x in losses.items() if weights[b]]).sum()
@@ -212,12 +212,12 @@ class Hybrid(Imitation, GRPO):
         if self._pairs is not None:
             assert self._collector is not None
             advantages = partial(group_advantages, scale=self._collector.advantage_scale)
-            self._pairs.decide(experience, self._collector, advantages, self.end_ids)
+            self._pairs.decide(experience, self._collector, advantages, self.end_ids, self.replicas)
 
     def _take_pairs(self, ticket: Ticket) -> None:
         assert self._pairs is not None and self.experience is not None and self.gate is not None
-        world, rank, pad = self.trainer.world_size, self.global_rank, self.end_ids[0]
-        batch, weights = self._pairs.batch(self.experience, ticket, pad, world, rank)
+        pad = self.end_ids[0]
+        batch, weights = self._pairs.batch(self.experience, ticket, pad, self.replicas)
         self.demonstrations = self.transfer_batch_to_device(batch, self.device, 0)
         self.demonstration_weights = weights.to(self.device)
         if self.gate.joint:
@@ -250,9 +250,14 @@ class Hybrid(Imitation, GRPO):
         super().on_before_optimizer_step(optimizer)
         assert self.experience is not None
         self._stats, norms = self._measured.take(
-            self.global_step, self.experience, self.window, self.reduced, self._measures_gradients
+            self.global_step,
+            self.experience,
+            self.window,
+            self.reduced,
+            self.replicas,
+            self._measures_gradients,
         )
-        share = 1 / self.trainer.world_size  # all ranks have the same
+        share = 1 / self.replicas.number  # all replicas have the same
         for name, value in norms.items():
             self.means.add(f"grad_norm/{name}", value * share, share)
 

@@ -13,7 +13,7 @@ from gift_lightning.diagnostics import TokenMeans
 from gift_lightning.loss import Evaluation
 from gift_lightning.module import PolicyModule
 from gift_lightning.policy import supervised_sequences
-from gift_lightning.references import OldPolicy
+from gift_lightning.references import OldPolicy, Reference
 from gift_lightning.target import Target
 
 Reduction = Literal["token", "sequence", "sequence_sum", "micro_batch"]
@@ -57,6 +57,10 @@ class Imitation(PolicyModule):
         if self.old_policy is not None:
             self.old_policy.setup(self.policy)
 
+    @property
+    def references(self) -> list[Reference]:
+        return [*super().references, *([self.old_policy] if self.old_policy else [])]
+
     def on_fit_start(self) -> None:
         self._resolve_target()
 
@@ -76,22 +80,13 @@ class Imitation(PolicyModule):
         for batch in track(batches, "Reference surprise of the training data", transient=True):
             batch = self.transfer_batch_to_device(batch, self.device, 0)
             parts.append(self.reference.label_logp(self.policy, batch))
-        surprise = self._gathered(torch.cat(parts))
+        shares = self.replicas.gathered(torch.cat(parts).cpu())
+        surprise = torch.cat(shares).to(self.device)
         self.target = self.target.resolve(surprise, self.vocab_size)
         self.print(f"Found before training: {self.target}")
         for logger in self.loggers:
             found = {f"target/{k}": v for k, v in _fields(self.target).items() if v is not None}
             logger.log_metrics(found, 0)
-
-    def _gathered(self, values: Tensor) -> Tensor:
-        """One vector of all ranks' values, whatever their lengths."""
-        if self.trainer.world_size == 1:
-            return values
-        lengths = self.all_gather(torch.tensor(len(values), device=values.device))
-        padded = values.new_full((int(lengths.max()),), float("nan"))  # type: ignore[union-attr]
-        padded[: len(values)] = values
-        everything = self.all_gather(padded).flatten()  # type: ignore[union-attr]
-        return everything[~everything.isnan()]
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
@@ -128,7 +123,7 @@ class Imitation(PolicyModule):
         losses, stats = self.losses(batch, self.is_logged_step, weights)
         self._train_means.update(stats)
         if self.reduction == "micro_batch":  # undo the Trainer's division over micro-batches alone
-            return losses.sum() / (len(losses) + 1e-8) / self.trainer.world_size, stats
+            return losses.sum() / (len(losses) + 1e-8) / self.replicas.number, stats
         count = "step_tokens" if self.reduction == "token" else "step_sequences"
         return losses.sum() / max(batch[count], 1), stats  # type: ignore[literal-required]
 

@@ -1,11 +1,9 @@
 """What an optimizer step says about its two branches, for the controller of the next one."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-import torch.distributed
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -14,6 +12,7 @@ from gift_lightning.collate import Batch
 from gift_lightning.controllers import GAC, Controller, MixStats
 from gift_lightning.experience import Experience
 from gift_lightning.policy import supervised_sequences
+from gift_lightning.replicas import Replicas
 
 
 class StepMeasures:
@@ -21,18 +20,24 @@ class StepMeasures:
 
     Args:
         controller: whose `measures` say what.
-        parameters: the subset that gradients are taken of.
+        block: part of the model, of whose parameters gradients are taken.
     """
 
-    def __init__(self, controller: Controller, parameters: Sequence[nn.Parameter]) -> None:
+    def __init__(self, controller: Controller, block: nn.Module) -> None:
         self.controller = controller
-        self._gradients = BranchGradients(parameters)
+        self._gradients = BranchGradients([])
+        block.register_forward_pre_hook(self._note_parameters)
         self.forget()
 
     def forget(self) -> None:
         """Nothing of this step is left."""
         self._rows: list[Tensor] = []  # of the demonstrations on this rank
         self._kl = [0.0, 0.0]  # sum and count
+
+    def _note_parameters(self, block: nn.Module, _: object) -> None:
+        # As the forward pass uses them: sharded ones are whole, and others, only there.
+        if torch.is_grad_enabled():
+            self._gradients.parameters = [p for p in block.parameters() if p.requires_grad]
 
     def reads(self, what: str, step: int) -> bool:
         """Whether the controller will read it after that step."""
@@ -61,6 +66,7 @@ class StepMeasures:
         experience: Experience,
         window: Int[Tensor, " s"],
         reduce: Reduce,
+        replicas: Replicas,
         with_gradients: bool,
     ) -> tuple[MixStats, dict[str, float]]:
         """The statistics of a step, the same on every rank, and the norms of its gradients.
@@ -70,6 +76,7 @@ class StepMeasures:
             experience: the rollout.
             window: its completions in this step, on all ranks.
             reduce: the "sum" over the ranks.
+            replicas: who shares the step.
             with_gradients: whether gradients were added.
         """
         norms: dict[str, float] = {}
@@ -77,7 +84,7 @@ class StepMeasures:
         if with_gradients:
             norms, stats = self._gradients.take(reduce)
         if self.reads("proxy", step):
-            stats = self._proxies(experience, window[experience.counted[window]])
+            stats = self._proxies(experience, window[experience.counted[window]], replicas)
         if "kl" in self.controller.measures:
             total, count = reduce(torch.tensor(self._kl).double(), "sum").tolist()
             stats = replace(stats, kl=total / count if count else math.nan)
@@ -85,16 +92,14 @@ class StepMeasures:
         self.forget()
         return replace(stats, has_signal=bool(signal[window].any())), norms
 
-    def _proxies(self, experience: Experience, ids: Int[Tensor, " k"]) -> MixStats:
+    def _proxies(
+        self, experience: Experience, ids: Int[Tensor, " k"], replicas: Replicas
+    ) -> MixStats:
         """All ranks have all rollouts, and exchange demonstrations."""
         assert isinstance(self.controller, GAC)
         logp, row = experience.sampled(ids)
         none = torch.zeros(len(ids), dtype=torch.bool)
         rollouts = self.controller.rows(logp, experience.advantages[ids][row], row, none)
         mine = torch.cat([rollouts[:0], *self._rows])
-        shares = [mine]
-        if torch.distributed.is_initialized():
-            shares = [mine] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(shares, mine)
-        rows = torch.cat([rollouts, *shares])
+        rows = torch.cat([rollouts, *replicas.gathered(mine)])
         return self.controller.summary(rows, torch.arange(len(rows)) >= len(rollouts))

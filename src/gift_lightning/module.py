@@ -19,13 +19,16 @@ from transformers import PreTrainedModel
 from gift_lightning.collate import Batch
 from gift_lightning.diagnostics import peak_memory_gib
 from gift_lightning.functional import IGNORED
-from gift_lightning.guard import StepGuard, gradient_norm
+from gift_lightning.guard import StepGuard, clip_gradients, gradient_norm
 from gift_lightning.models import base_model, for_export, load_tokenizer
 from gift_lightning.policy import Policy
+from gift_lightning.position import PositionedData
 from gift_lightning.quantization import is_quantized
 from gift_lightning.references import Probe, Reference
+from gift_lightning.replicas import Replicas
 from gift_lightning.schedule import Schedule
 from gift_lightning.seeds import keyed_seed
+from gift_lightning.sharding import FSDP2, check_names
 
 
 class PolicyModule(pl.LightningModule):
@@ -99,12 +102,30 @@ class PolicyModule(pl.LightningModule):
             )
         data = getattr(self.trainer, "datamodule", None)
         packing = getattr(data, "packing", False)
-        self.policy.verify(packing)
+        self.policy.whole().verify(packing)
         if self.reference is not None:
             self.reference.setup(self.policy)
             self.reference.verify(packing)
             if data is not None and hasattr(data, "sets"):
                 self.reference.check_data(self.tokenizer, data.sets)
+
+    def configure_model(self) -> None:
+        """Shards the policy and what it is compared with, where the strategy does that."""
+        strategy = self.trainer.strategy
+        if isinstance(strategy, FSDP2):
+            strategy.shard(self.policy)
+            for reference in self.references:
+                reference.distribute(strategy.shard)
+
+    @property
+    def references(self) -> list[Reference]:
+        """All that the policy is compared with."""
+        return [] if self.reference is None else [self.reference]
+
+    @property
+    def replicas(self) -> Replicas:
+        """Who shares an optimizer step."""
+        return Replicas.of(self.trainer)
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
@@ -124,15 +145,15 @@ class PolicyModule(pl.LightningModule):
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
 
-    # One optimizer step: any split into micro-batches and ranks gives the same gradient.
+    # One optimizer step: any split into micro-batches and replicas gives the same gradient.
 
     def share_of_step(self, total: Tensor) -> Tensor:
-        """Undoes what the Trainer and the ranks' averaging will divide by.
+        """Undoes what the Trainer and the replicas' averaging will divide by.
 
         Args:
             total: [] a sum over this micro-batch, already divided by a count of the whole step.
         """
-        return total * self.trainer.accumulate_grad_batches * self.trainer.world_size
+        return total * self.trainer.accumulate_grad_batches * self.replicas.number
 
     @property
     def is_logged_step(self) -> bool:
@@ -158,11 +179,15 @@ class PolicyModule(pl.LightningModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # A stream of random numbers of its own for each micro-batch: nothing needs saving.
         seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
-        key = (self.global_step, self._step.num_micro_batches, self.global_rank)
+        key = (self.global_step, self._step.num_micro_batches, self.replicas.index)
         torch.manual_seed(keyed_seed(seed, "dropout", *key))
-        some = bool((batch["labels"] != IGNORED).any())
-        if self._probe is None and self.reference is not None and some:
+        if self._probe is None and self.reference is not None and self._any_supervised(batch):
             self._probe = Probe(self.reference, self.policy, batch)
+
+    def _any_supervised(self, batch: Batch) -> bool:
+        """Whether any rank has something to learn from its micro-batch."""
+        mine = (batch["labels"] != IGNORED).any().float()
+        return bool(self.trainer.strategy.reduce(mine, reduce_op="sum"))
 
     def note_micro_batch(
         self, batch: Batch, loss: Tensor, num_tokens: int | None = None, stream: str = ""
@@ -173,7 +198,7 @@ class PolicyModule(pl.LightningModule):
             batch: the micro-batch.
             loss: its share of the step's.
             num_tokens: counted as processed on all ranks; by default those of the batch, times the
-                ranks.
+                replicas.
             stream: which stream it comes from, if a stage has several.
         """
         step = self._step
@@ -183,7 +208,7 @@ class PolicyModule(pl.LightningModule):
         step.num_seen += int((batch["labels"] != IGNORED).sum())
         step.sample_ids += batch["sample_ids"].tolist()
         if num_tokens is None:
-            num_tokens = int((batch["sequence_ids"] >= 0).sum()) * self.trainer.world_size
+            num_tokens = int((batch["sequence_ids"] >= 0).sum()) * self.replicas.number
         self._tokens_since_log += num_tokens
         self._num_tokens += num_tokens
 
@@ -213,6 +238,20 @@ class PolicyModule(pl.LightningModule):
             self._steps_since_log += 1
         step.norm, step.skipped = norm, reason is not None
         step.learning_rate = optimizer.param_groups[0]["lr"]
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips by the norm that the step guard has seen, of all shards."""
+        if not gradient_clip_val or gradient_clip_algorithm == "value":
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif not self._step.skipped:
+            norm = self._step.norm
+            assert norm is not None
+            clip_gradients(self.parameters(), gradient_clip_val, norm)
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         if not self._step.skipped:
@@ -305,11 +344,7 @@ class PolicyModule(pl.LightningModule):
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
         """Raises ValueError if the checkpoint does not hold exactly what this module trains."""
-        if wrong := set(self.state_dict()) ^ set(state_dict):
-            raise ValueError(
-                f"the checkpoint is of another model: {min(wrong)!r} is only in one of the two; "
-                "give the model.model that it was trained with."
-            )
+        check_names(self.state_dict(), state_dict)
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -318,6 +353,9 @@ class PolicyModule(pl.LightningModule):
         checkpoint["end_ids"] = self.end_ids  # for an export without the data
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, PositionedData):
+            data.resplit(checkpoint)
         self.guard.load_state_dict(checkpoint["step_guard"])
         self._num_tokens = checkpoint["num_tokens"]
 

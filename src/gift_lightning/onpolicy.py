@@ -10,7 +10,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gift_lightning.collate import Batch
+from gift_lightning.collate import Batch, collate
 from gift_lightning.collector import Collector
 from gift_lightning.experience import Experience
 from gift_lightning.means import Means
@@ -18,6 +18,7 @@ from gift_lightning.models import base_model
 from gift_lightning.modes import scoring
 from gift_lightning.module import PolicyModule
 from gift_lightning.order import MicroBatch
+from gift_lightning.policy import Policy
 from gift_lightning.problems import check_columns
 from gift_lightning.prompts import PromptData, Ticket
 from gift_lightning.references import Reference
@@ -115,14 +116,15 @@ class OnPolicy(PolicyModule):
     @torch.no_grad()
     def _refuse_dropout(self) -> None:
         """Some layers apply dropout themselves, and checkpointing keeps them in train mode."""
-        places = torch.arange(8, device=self.device)[None]
-        inputs = {"input_ids": places.remainder(self.vocab_size), "position_ids": places}
+        ids = torch.arange(8).remainder(self.vocab_size)
+        batch = self.transfer_batch_to_device(
+            collate([(ids, ids)], MicroBatch((0,), 7, 1), 0), self.device, 0
+        )
         found = []
         with torch.random.fork_rng():
             for seed in (0, 1):
                 torch.manual_seed(seed)
-                out = self.policy.base.base_model(**inputs, use_cache=False)
-                found.append(out.last_hidden_state)
+                found.append(self.policy.projected(batch).hidden)
         if not torch.equal(*found):
             raise ValueError(
                 f"{type(self.policy.base).__name__} applies dropout under gradient checkpointing, "
@@ -135,13 +137,15 @@ class OnPolicy(PolicyModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # The stream gives a ticket; the batch that it stands for is made here.
         ticket, data = Ticket(*batch), self.data
-        world, rank = self.trainer.world_size, self.global_rank
         if self.experience is None or self.experience.number != ticket.rollout:
             self.experience = self._collected(ticket)
         experience = self.experience
         window, lengths = data.window(ticket, len(experience)), experience.lengths().numpy()
         self.window = torch.from_numpy(window)
-        part = torch.tensor(data.part(ticket, window, lengths, world, rank), dtype=torch.int64)
+        part = torch.tensor(
+            data.part(ticket, window, lengths, self.replicas.number, self.replicas.index),
+            dtype=torch.int64,
+        )
         counted = experience.num_tokens(experience.counted)
         self.counts = int(counted[part].sum()), int(counted[window].sum())
         self.num_sequences = len(window)
@@ -153,9 +157,9 @@ class OnPolicy(PolicyModule):
 
     def _collected(self, ticket: Ticket) -> Experience:
         assert self._collector is not None, "setup comes first"
-        world, rank = self.trainer.world_size, self.global_rank
-        start = time.perf_counter()
-        experience, metrics = self._collector.collect(self.model, self.data, ticket, world, rank)
+        start, policy = time.perf_counter(), self.policy.whole()
+        collected = self._collector.collect(policy.model, self.data, ticket, self.replicas)
+        experience, metrics = collected
         self.revise(experience)
         metrics["rollout_time"] = (time.perf_counter() - start, 1)
         self._fresh_tokens = int(experience.lengths().sum())
@@ -164,7 +168,7 @@ class OnPolicy(PolicyModule):
         sampler = self.data.sampler
         assert sampler is not None
         if sampler.num_steps * self.data.num_iterations > 1:
-            experience.old_logp = self._scored(experience)
+            experience.old_logp = self._scored(policy, experience)
         return experience
 
     def revise(self, experience: Experience) -> None:
@@ -176,20 +180,20 @@ class OnPolicy(PolicyModule):
         return moved
 
     @torch.no_grad()
-    def _scored(self, experience: Experience) -> Tensor:
-        """Log-probabilities of all trained tokens under the policy as it is now; the ranks share
+    def _scored(self, policy: Policy, experience: Experience) -> Tensor:
+        """Log-probabilities of all trained tokens under the policy as it is now; the replicas share
         the work."""
         out = torch.zeros_like(experience.sampler_logp, device=self.device)
         places = torch.arange(len(out))
         by_length = experience.lengths().argsort(descending=True)
         trained = by_length[experience.trained[by_length]].tolist()
-        mine = trained[self.global_rank :: self.trainer.world_size]
+        mine = trained[self.replicas.index :: self.replicas.number]
         # In the trainer's precision, as the training step.
-        with self.trainer.precision_plugin.forward_context(), scoring(self.model):
+        with self.trainer.precision_plugin.forward_context(), scoring(policy.model):
             for start in range(0, len(mine), self.data.batch_size):
                 ids = tuple(mine[start : start + self.data.batch_size])
                 batch = self._transferred(experience, MicroBatch(ids, 0, 0))
-                logp, _ = self.policy.token_logp(batch, self.sampling.temperature, self.chunk_size)
+                logp, _ = policy.token_logp(batch, self.sampling.temperature, self.chunk_size)
                 out[experience.token_values(batch, places)] = logp.to(out.dtype)
         summed = self.trainer.strategy.reduce(out, reduce_op="sum")
         return torch.as_tensor(summed).cpu()

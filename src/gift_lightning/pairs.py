@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.distributed
 from torch import Tensor
 
 from gift_lightning.collate import Batch, collate
@@ -17,6 +16,7 @@ from gift_lightning.generation import Completion
 from gift_lightning.hybrid_data import HybridData
 from gift_lightning.order import MicroBatch, deal
 from gift_lightning.prompts import Ticket
+from gift_lightning.replicas import Replicas
 
 
 class Pairs:
@@ -55,13 +55,14 @@ class Pairs:
         collector: Collector,
         advantages: Advantages,
         ends: Sequence[int],
+        replicas: Replicas,
     ) -> None:
-        """Writes the gate's decision into the experience; the ranks share the scoring."""
+        """Writes the gate's decision into the experience; the replicas share the scoring."""
         problems = experience.problems.tolist()
         several = [self.of[problem] for problem in problems]
         chosen = [x[experience.number % len(x)] if x else -1 for x in several]
         if self.gate.scores:
-            self._score(problems, chosen, collector, ends)
+            self._score(problems, chosen, collector, ends, replicas)
         keys = zip(problems, chosen, strict=True)
         rewards = torch.tensor([self._rewards.get(key, math.nan) for key in keys])
         shape = (len(problems), -1)
@@ -86,22 +87,17 @@ class Pairs:
         chosen: Sequence[int],
         collector: Collector,
         ends: Sequence[int],
+        replicas: Replicas,
     ) -> None:
         keys = dict.fromkeys(zip(problems, chosen, strict=True))
         fresh = [key for key in keys if key[1] >= 0 and key not in self._rewards]
-        world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        rank = torch.distributed.get_rank() if world > 1 else 0
-        mine = fresh[rank::world]
+        mine = fresh[replicas.index :: replicas.number]
         scored = collector.score(
             [self.data.prompts.problems[problem] for problem, _ in mine],
             [[self._completion(i, ends)] for _, i in mine],
         )
         found = {key: collector.pool.total(one) for key, (one,) in zip(mine, scored, strict=True)}
-        shares = [found]
-        if world > 1:
-            shares = [{} for _ in range(world)]
-            torch.distributed.all_gather_object(shares, found)
-        for share in shares:
+        for share in replicas.gathered(found):
             self._rewards |= share
 
     def _completion(self, i: int, ends: Sequence[int]) -> Completion:
@@ -110,7 +106,7 @@ class Pairs:
         return Completion(tokens, [0.0] * len(tokens), tokens[-1] in ends)
 
     def batch(
-        self, experience: Experience, ticket: Ticket, pad_id: int, world: int, rank: int
+        self, experience: Experience, ticket: Ticket, pad_id: int, replicas: Replicas
     ) -> tuple[Batch, Tensor]:
         """The demonstrations of a ticket's micro-batch, and what each weighs."""
         tickets = self.data.prompts.sampler
@@ -122,8 +118,8 @@ class Pairs:
             first = ticket.step == ticket.iteration == 0
             places = np.arange(len(ids) if first else 0)
         longest_first = places[np.argsort(-examples.lengths[ids[places]], kind="stable")]
-        size = max(1, -(-len(places) // (tickets.accumulate * world)))
-        parts = deal(longest_first, size, world, rank)
+        size = max(1, -(-len(places) // (tickets.accumulate * replicas.number)))
+        parts = deal(longest_first, size, replicas.number, replicas.index)
         part = parts[ticket.part] if ticket.part < len(parts) else ()
         num_tokens = int(examples.num_targets[ids[places]].sum())
         chosen = [examples[int(ids[place])] for place in part]

@@ -1,17 +1,21 @@
 """The policy: a causal language model whose head is fused with the loss, in one forward call."""
 
+from typing import cast
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from gift_lightning.collate import Batch
 from gift_lightning.functional import IGNORED
-from gift_lightning.head import Head, ReferenceRows, head_loss
+from gift_lightning.head import Head, ProjectedRows, ReferenceRows, head_loss
 from gift_lightning.logprobs import token_logp
 from gift_lightning.loss import Evaluation
 from gift_lightning.models import base_model
 from gift_lightning.modes import scoring
+from gift_lightning.skeleton import Skeleton
 from gift_lightning.target import Target
 
 
@@ -32,12 +36,20 @@ def supervised_sequences(batch: Batch) -> Int[Tensor, " n"]:
 class Policy(nn.Module):
     """A causal language model as backbone and fused head.
 
+    Where the weights are sharded, they are there inside of `forward`, `token_logp` and `projected`
+    alone, which all ranks call equally often.
+
+    Attributes:
+        skeleton: what is left on every device where the weights are sharded.
+
     Args:
         model: a transformers model, with or without peft adapters.
 
     Raises:
         ValueError: if the head carries adapters, which a fused head would bypass, or is quantised.
     """
+
+    skeleton: Skeleton | None = None
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -111,6 +123,26 @@ class Policy(nn.Module):
             temperature=temperature,
             chunk_size=chunk_size,
         )
+
+    def projected(self, batch: Batch) -> ProjectedRows:
+        """The policy as a reference: its distribution at the supervised tokens, on demand."""
+        return ProjectedRows(self.hidden(batch), self.head.detached())
+
+    @torch.no_grad()
+    def whole(self, device: torch.device | None = None, keep: bool = True) -> "Policy":
+        """The policy with all its weights: itself or, where they are sharded, a frozen copy of its
+        own, which all ranks gather together and which lasts as long as it is kept.
+
+        Args:
+            device: of the copy; by default the policy's.
+            keep: whether this rank wants the copy's weights.
+        """
+        if self.skeleton is None:
+            return self
+        assert isinstance(self, FSDPModule)
+        self.reshard()
+        place = device or self.head.weight.device
+        return Policy(cast(PreTrainedModel, self.skeleton.filled(self.model, place, keep)))
 
     @torch.no_grad()
     def verify(self, packing: bool) -> None:

@@ -41,11 +41,30 @@ class PositionedData(pl.LightningDataModule):
         return {
             "epoch": self.sampler.epoch,
             "micro_batches_done": done,
+            "accumulate": self.sampler.accumulate,
             "epoch_trained": done > 0 and done >= self.trainer.num_training_batches,
             "batch_closed": batch.completed == done,
             "epoch_closed": epoch.started == epoch.processed,
             "identity": self.identity,
         }
+
+    def resplit(self, checkpoint: dict[str, Any]) -> None:
+        """Counts the micro-batches of a checkpoint as this run does, which may split its optimizer
+        steps into another number of them; in the position and in the trainer's progress."""
+        position = checkpoint.get(type(self).__qualname__)
+        if self.sampler is None or not position:
+            return
+        before, now = position["accumulate"], self.sampler.accumulate
+        done = position["micro_batches_done"]
+        if before == now or (done % before and not position["epoch_trained"]):
+            return
+        position["accumulate"] = now
+        position["micro_batches_done"] = min(-(-done // before) * now, len(self.sampler))
+        grown = position["micro_batches_done"] - done
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for name in progress["current"]:
+            progress["current"][name] += grown
+            progress["total"][name] += grown
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a saved position.
@@ -74,7 +93,7 @@ class PositionedData(pl.LightningDataModule):
                 "restore them, or start a new run from the exported weights."
             )
         epoch, done = state_dict["epoch"], state_dict["micro_batches_done"]
-        by_epochs, accumulate = self.trainer.max_steps == -1, self.sampler.accumulate
+        by_epochs, accumulate = self.trainer.max_steps == -1, state_dict["accumulate"]
         if state_dict["epoch_trained"]:
             # Whether the trainer will enter the finished epoch once more.
             again = state_dict["batch_closed"] and not (by_epochs and state_dict["epoch_closed"])

@@ -17,6 +17,7 @@ from gift_lightning.order import Resumable, deal, permutation
 from gift_lightning.position import PositionedData
 from gift_lightning.problems import Problem, Problems, prompt_tokens
 from gift_lightning.records import Rejected
+from gift_lightning.replicas import Replicas
 from gift_lightning.seeds import keyed_seed
 
 
@@ -148,7 +149,7 @@ class PromptData(PositionedData):
                 self.report()
         completions = self.prompts_per_rollout * self.num_generations
         accumulate = trainer.accumulate_grad_batches
-        share = accumulate * trainer.world_size
+        share = accumulate * Replicas.of(trainer).number
         self.batch_size = self._batch_size or -(-completions // share)
         per_step = self.batch_size * share
         if completions % per_step:
@@ -203,7 +204,6 @@ class PromptData(PositionedData):
             "samples": digest,
             "seed": self.seed,
             "samples per step": self.sampler.samples_per_step,
-            "accumulate_grad_batches": self.sampler.accumulate,
             "prompts_per_rollout": self.prompts_per_rollout,
             "num_generations": self.num_generations,
             "num_iterations": self.num_iterations,

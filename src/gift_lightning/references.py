@@ -2,13 +2,14 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from peft import PeftModel
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedTokenizerBase
 
 from gift_lightning.collate import Batch
@@ -18,6 +19,7 @@ from gift_lightning.models import DType, causal_lm, load_tokenizer
 from gift_lightning.modes import adapter_off, scoring
 from gift_lightning.policy import Policy, supervised_labels
 from gift_lightning.quantization import is_quantized
+from gift_lightning.skeleton import full, sharded_like
 
 
 @runtime_checkable
@@ -43,6 +45,9 @@ class Reference(ABC):
         Raises:
             ValueError: if this reference cannot serve that policy.
         """
+
+    def distribute(self, shard: Callable[[Policy], None]) -> None:  # noqa: B027
+        """Called after `setup` where the policy is sharded: shards a model of its own likewise."""
 
     def verify(self, packing: bool) -> None:  # noqa: B027 (most have no model of their own)
         """Called after `setup`: checks a model that the policy does not stand for.
@@ -104,10 +109,6 @@ def require_intact_base(policy: Policy) -> None:
             )
 
 
-def _projected(policy: Policy, batch: Batch) -> ProjectedRows:
-    return ProjectedRows(policy.hidden(batch), policy.head.detached())
-
-
 class FrozenCopy(Reference):
     """A second model that is never trained: the policy as it was loaded, or a teacher.
 
@@ -116,7 +117,8 @@ class FrozenCopy(Reference):
             the policy before training.
         dtype: of its weights; by default a copy keeps the policy's, a teacher is loaded in
             bfloat16 on an accelerator and float32 elsewhere.
-        device: "policy" follows the policy's device; "cpu" stays on the CPU to save device memory.
+        device: "policy" follows the policy's device, and is sharded where the policy is; "cpu"
+            stays on the CPU to save device memory, whole in every process.
         gguf_file: as in `models.causal_lm`.
         revision: of a hub id.
     """
@@ -162,7 +164,11 @@ class FrozenCopy(Reference):
 
     def verify(self, packing: bool) -> None:
         if self.pretrained is not None and self.policy is not None:
-            self.policy.verify(packing)
+            self.policy.whole().verify(packing)
+
+    def distribute(self, shard: Callable[[Policy], None]) -> None:
+        if self.device == "policy" and self.policy is not None:
+            shard(self.policy)
 
     def check_data(self, tokenizer: PreTrainedTokenizerBase, sets: Mapping[str, Samples]) -> None:
         """Refuses a teacher whose tokenizer gives the same words other ids."""
@@ -185,9 +191,9 @@ class FrozenCopy(Reference):
         if self.policy.head.weight.device != place:
             self.policy.to(place)
         if place == here:
-            return _projected(self.policy, batch)
+            return self.policy.projected(batch)
         moved = {k: v.to(place) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        rows = _projected(self.policy, moved)  # type: ignore[arg-type]
+        rows = self.policy.projected(moved)  # type: ignore[arg-type]
         return _MovedRows(rows, here)
 
 
@@ -224,19 +230,28 @@ class OldPolicy(FrozenCopy):
             self.load_state_dict(_trainable(policy))
 
     def state_dict(self, policy: Policy) -> dict[str, Tensor]:
-        """The weights that differ from the base: what `policy` trains."""
+        """The weights that differ from the base: what `policy` trains; all ranks gather them."""
         assert self.policy is not None, "setup comes first"
         names = _trainable(policy)
-        return {n: p for n, p in self.policy.named_parameters() if n in names}
+        return {n: full(p.detach()) for n, p in _weights(self.policy).items() if n in names}
 
+    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         assert self.policy is not None, "setup comes first"
-        self.policy.load_state_dict(state, strict=False)
+        own = _weights(self.policy)
+        for name, value in state.items():
+            own[name].copy_(sharded_like(own[name], value))
         self.known = True
 
 
+def _weights(policy: Policy) -> dict[str, Tensor]:
+    if isinstance(policy, FSDPModule):
+        policy.reshard()  # a validation leaves the weights of its last unit gathered
+    return dict(policy.named_parameters())
+
+
 def _trainable(policy: Policy) -> dict[str, Tensor]:
-    return {name: p.detach() for name, p in policy.named_parameters() if p.requires_grad}
+    return {name: p.detach() for name, p in _weights(policy).items() if p.requires_grad}
 
 
 class AdapterOff(Reference):
@@ -260,7 +275,7 @@ class AdapterOff(Reference):
     @torch.no_grad()
     def rows(self, policy: Policy, batch: Batch) -> ReferenceRows:
         with scoring(policy.model), adapter_off(policy.model):
-            return _projected(policy, batch)
+            return policy.projected(batch)
 
 
 class Probe:

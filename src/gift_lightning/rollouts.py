@@ -41,6 +41,9 @@ class RolloutEngine(ABC):
     def sync(self, model: PreTrainedModel) -> None:
         """Takes over the policy's weights; called before every rollout."""
 
+    def release(self) -> None:  # noqa: B027 (most engines have nothing to forget)
+        """Called after every rollout: gives back the memory that it took."""
+
     @abstractmethod
     def generate(
         self,
@@ -78,6 +81,9 @@ class HFRollout(RolloutEngine):
 
     def sync(self, model: PreTrainedModel) -> None:
         self._model = model
+
+    def release(self) -> None:
+        self._model = None
 
     def generate(
         self,

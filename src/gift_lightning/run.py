@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.trainer.states import TrainerFn
@@ -15,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from gift_lightning.evaluation import GenerationEval
-from gift_lightning.models import base_model
+from gift_lightning.models import base_model, for_export
 from gift_lightning.module import PolicyModule
 
 
@@ -47,8 +48,13 @@ class ExportHF(Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, PolicyModule)
-        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            pl_module.export(str(Path(trainer.default_root_dir) / "hf"))
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        writes = trainer.is_global_zero
+        policy = pl_module.policy.whole(torch.device("cpu"), keep=writes)
+        if writes:
+            folder = str(Path(trainer.default_root_dir) / "hf")
+            pl_module.export(folder, for_export(policy.model))
 
 
 _COLUMNS = (

@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-import torch
-import torch.distributed
 from lightning.pytorch import Trainer
 from transformers import PreTrainedTokenizerBase
 
 from gift_lightning.completions import Row
 from gift_lightning.generation import Completion
 from gift_lightning.problems import Problem, check_columns, prompt_text, prompt_tokens
+from gift_lightning.replicas import Replicas
 from gift_lightning.rewards import build_rewards, needs
 from gift_lightning.rollouts import HFRollout, Sampling
 from gift_lightning.seeds import keyed_seed
@@ -85,13 +84,21 @@ class Sampler:
             self._prompts[name] = prompts
         self._pool = RewardPool(self.rewards)  # last: it starts processes
 
-    def sample(self, name: str, module: Any, trainer: Trainer) -> list[Row]:
-        """All samples of a set, in the order of its problems; each rank draws its share."""
+    def sample(self, name: str, model: Any, module: Any, trainer: Trainer) -> list[Row]:
+        """All samples of a set, in the order of its problems; each replica draws its share.
+
+        Args:
+            name: of the set.
+            model: a causal LM, all of it.
+            module: that it belongs to.
+            trainer: the module's.
+        """
         problems = self.sets[name]
-        mine = range(trainer.global_rank, len(problems), trainer.world_size)
+        replicas = Replicas.of(trainer)
+        mine = range(replicas.index, len(problems), replicas.number)
         rows: list[Row] = []
         requests: list[Request] = []
-        for i, group in zip(mine, self._generate(name, mine, module), strict=True):
+        for i, group in zip(mine, self._generate(name, mine, model, module.end_ids), strict=True):
             for completion in group:
                 limit = self.settings.max_new_tokens
                 asked = request(problems[i], completion, module.tokenizer, limit)
@@ -107,21 +114,23 @@ class Sampler:
             # Weights such as 0.7, 0.2 and 0.1 sum up to a little less than 1.
             enough = row["reward"] >= self.settings.threshold - 1e-9
             row["correct"] = enough and not row["truncated"]
-        return _gathered(rows, trainer.world_size)
+        # The samples of a problem stay in their order.
+        return sorted(chain.from_iterable(replicas.gathered(rows)), key=lambda x: x["problem"])
 
     def close(self) -> None:
         """Ends the reward workers."""
         self._pool.close()
 
-    def _generate(self, name: str, places: Sequence[int], module: Any) -> list[list[Completion]]:
+    def _generate(
+        self, name: str, places: Sequence[int], model: Any, ends: Sequence[int]
+    ) -> list[list[Completion]]:
         """Completions of the problems at these places."""
         settings, engine = self.settings, HFRollout(self.settings.batch_size)
-        engine.sync(module.model)
-        ends = tuple(module.end_ids)
+        engine.sync(model)
         return engine.generate(
             [self._prompts[name][i] for i in places],
             settings.num_samples,
-            Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, ends),
+            Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, tuple(ends)),
             seed=keyed_seed(settings.seed, "evaluation", name),
             keys=places,
         )
@@ -153,12 +162,3 @@ def request(
     columns = {**problem.columns, "prompt": problem.prompt}
     columns["max_completion_length"] = max_completion_length
     return Request(text, completion.tokens, columns)
-
-
-def _gathered(rows: list[Row], world_size: int) -> list[Row]:
-    """The rows of all ranks, by problem; the samples of one stay in their order."""
-    if world_size == 1:
-        return rows
-    parts: list[Any] = [None] * world_size
-    torch.distributed.all_gather_object(parts, rows)
-    return sorted(chain.from_iterable(parts), key=lambda row: row["problem"])

@@ -1,0 +1,238 @@
+"""The same run in one process and in two: weights, metrics, samples, checkpoints, refusals."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import two_ranks
+from gift_lightning.cli import main
+from gift_lightning.sharding import check_names, is_folder_of_shards
+
+SCRIPT = Path(two_ranks.__file__)
+RESUMED = ["psft", "gift_adapter_off", "grpo_kl"]  # inside an epoch, and inside a rollout
+UNDER_DDP = ["gift_trust", "gift_cached", "hybrid", *RESUMED]
+
+
+def start(folder: Path, strategy: str, ranks: int, jobs: list[str]) -> None:
+    """Runs jobs in a group of processes, which torchrun would describe like this."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    group = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "GROUP_RANK": "0"}
+    group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+    processes = []
+    for rank in range(ranks):
+        own = {**os.environ, "OMP_NUM_THREADS": "1"}
+        if strategy != "auto":
+            own |= {**group, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        command = [sys.executable, str(SCRIPT), strategy, str(folder), *jobs]
+        log = (folder / f"{strategy}-{ranks}-{rank}.log").open("w")
+        processes.append(subprocess.Popen(command, stdout=log, stderr=log, env=own))
+    for process in processes:
+        assert process.wait(1500) == 0, folder
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All cases in one process, and checkpoints of some."""
+    folder = tmp_path_factory.mktemp("one")
+    jobs = [*two_ranks.CASES, *(f"{case}:save:{case}-one.ckpt" for case in RESUMED)]
+    start(folder, "auto", 1, jobs)
+    return folder
+
+
+def after(name: str, *sources: Path) -> Path:
+    """A folder that holds the cache and the checkpoints of earlier runs."""
+    folder = sources[0].parent / name
+    folder.mkdir()
+    for source in sources:
+        for file in [*source.glob(two_ranks.CACHE), *source.glob("*.ckpt")]:
+            if not file.is_symlink():
+                (folder / file.name).symlink_to(file)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ddp(one: Path) -> Path:
+    """Some in two processes, which go on from the one's checkpoints and leave their own."""
+    loads = [f"{case}:load:{case}-one.ckpt" for case in RESUMED]
+    saves = [f"{case}:save:{case}-ddp.ckpt" for case in RESUMED]
+    folder = after("ddp", one)
+    start(folder, "ddp", 2, [*UNDER_DDP, *loads, *saves])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fsdp2(one: Path) -> Path:
+    """All in two processes, which also go on from their own shards."""
+    jobs = list(two_ranks.CASES)
+    for case in RESUMED:
+        jobs += [f"{case}:load:{case}-one.ckpt", f"{case}:save:{case}-fsdp2.ckpt"]
+        jobs += [f"{case}:{verb}:{case}-shards.ckpt" for verb in ("save", "load")]
+    folder = after("fsdp2", one)
+    start(folder, "fsdp2", 2, jobs)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def resumed(one: Path, ddp: Path, fsdp2: Path) -> Path:
+    """One process that goes on from the checkpoints of two."""
+    folder = after("resumed", one, ddp, fsdp2)
+    kinds = ("ddp", "fsdp2")
+    loads = [f"{case}:load:{case}-{kind}.ckpt" for case in RESUMED for kind in kinds]
+    start(folder, "auto", 1, loads)
+    start(folder, "fsdp2", 1, [f"{case}:load:{case}-shards.ckpt" for case in RESUMED])
+    return folder
+
+
+def same(found: Path, expected: Path, job: str, case: str) -> None:
+    """Weights after 20 steps; and the steps of a resumed run are the last of an uninterrupted."""
+    sides = (found / job, expected / case)
+    mine, theirs = (load_file(f"{side}.safetensors") for side in sides)
+    assert mine.keys() == theirs.keys()
+    for name, weight in theirs.items():
+        torch.testing.assert_close(mine[name], weight, rtol=0, atol=1e-5, msg=name)
+    values = (json.loads(Path(f"{side}.json").read_text()) for side in sides)
+    (metrics, norms, samples), (same_metrics, same_norms, same_samples) = values
+    assert metrics == pytest.approx(same_metrics, abs=1e-5)
+    assert norms == pytest.approx(same_norms[-len(norms) :], rel=1e-3)
+    assert samples == same_samples[-len(samples) :]
+    assert len(samples) == (two_ranks.STEPS - two_ranks.STOP if "load" in job else two_ranks.STEPS)
+
+
+def test_the_cases_train_and_clip(one: Path) -> None:
+    """What is the same in one process and in two is no run that does nothing."""
+    clipped = 0
+    for case in two_ranks.CASES:
+        norms, samples = json.loads((one / f"{case}.json").read_text())[1:]
+        before = two_ranks.CASES[case]()[0].policy.state_dict()
+        trained = load_file(one / f"{case}.safetensors")
+        moved = max(float((x - before[name]).abs().max()) for name, x in trained.items())
+        assert moved > 1e-3 and min(norms) > 0, case
+        clipped += sum(norm > 0.5 for norm in norms)
+        assert any(len(ids) == 1 for ids in samples) or "grpo" in case or "hybrid" in case
+    assert clipped > 100
+
+
+@pytest.mark.parametrize("case", UNDER_DDP)
+def test_ddp_is_one_process(one: Path, ddp: Path, case: str) -> None:
+    same(ddp, one, case, case)
+
+
+@pytest.mark.parametrize("case", list(two_ranks.CASES))
+def test_fsdp2_is_one_process(one: Path, fsdp2: Path, case: str) -> None:
+    same(fsdp2, one, case, case)
+
+
+@pytest.mark.parametrize("case", RESUMED)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_go_on_where_one_was(
+    one: Path, case: str, strategy: str, request: pytest.FixtureRequest
+) -> None:
+    same(request.getfixturevalue(strategy), one, f"{case}:load:{case}-one.ckpt", case)
+
+
+@pytest.mark.parametrize("case", RESUMED)
+def test_two_go_on_from_shards(one: Path, fsdp2: Path, case: str) -> None:
+    assert (fsdp2 / f"{case}-shards.ckpt").is_dir()
+    same(fsdp2, one, f"{case}:load:{case}-shards.ckpt", case)
+
+
+@pytest.mark.parametrize("case", RESUMED)
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "shards"])
+def test_one_goes_on_where_two_were(one: Path, resumed: Path, case: str, kind: str) -> None:
+    same(resumed, one, f"{case}:load:{case}-{kind}.ckpt", case)
+
+
+# --- the command line -------------------------------------------------------------------------
+
+TINY = """
+model:
+  class_path: SFT
+  init_args:
+    model:
+      class_path: gift_lightning.models.tiny_llama
+      init_args: {hidden_size: 16, num_layers: 1, num_heads: 2, lora: {r: 2}}
+    target: GIFT
+    reference: AdapterOff
+data:
+  class_path: CountdownData
+  init_args: {num_demonstrations: 32, num_eval: 3, batch_size: 8}
+trainer:
+  max_steps: 2
+  enable_progress_bar: false
+  accelerator: cpu
+  default_root_dir: runs/tiny
+  callbacks:
+    - class_path: GenerationEval
+      init_args: {num_samples: 2, ks: [1], max_new_tokens: 4}
+"""
+FIT = ["fit", "--config", "tiny.yaml"]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which `gift` has started two processes that write a folder of shards."""
+    folder = tmp_path_factory.mktemp("shards")
+    (folder / "tiny.yaml").write_text(TINY)
+    flags = ["--trainer.strategy", "FSDP2", "--trainer.devices", "2"]
+    flags += ["--trainer.strategy.save_distributed_checkpoint", "true"]
+    command = [sys.executable, "-m", "gift_lightning", *FIT, *flags]
+    own = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=folder, env=own, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Written to runs/tiny") == 1  # by one of them
+    return folder
+
+
+def test_shards_are_exported_as_what_was_trained(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(shards)
+    assert is_folder_of_shards(shards / "runs/tiny/checkpoints/last.ckpt")
+    main(["export", "--run", "runs/tiny", "--out", "out"])
+    mine, theirs = (load_file(f / "model.safetensors") for f in (Path("runs/tiny/hf"), Path("out")))
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(weight, theirs[name]) for name, weight in mine.items())
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--trainer.strategy", "fsdp"], "use `--trainer.strategy fsdp2`"),
+        (["--trainer.strategy", "nonsense"], "trainer cannot be set up here: .*nonsense"),
+        (["--trainer.accelerator", "gpu"], "trainer cannot be set up here: .*gpu"),
+        (["--ckpt_path", "last.ckpt"], "is a folder of shards, which only `--trainer.strategy"),
+        (["--trainer.strategy", "fsdp2", "--trainer.precision", "64-true"], "precision 64-true"),
+    ],
+    ids=lambda x: x[-1] if isinstance(x, list) else None,
+)
+def test_what_cannot_run_is_said_in_one_sentence(
+    flags: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.yaml").write_text(TINY)
+    Path("last.ckpt").mkdir()
+    Path("last.ckpt/meta.pt").touch()
+    with pytest.raises(SystemExit) as stopped:
+        main([*FIT, *flags])
+    assert stopped.value.code == 1 and not Path("runs").exists()
+    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("gift: error: ")]
+    assert len(lines) == 1 and re.search(said, lines[0])
+
+
+def test_a_checkpoint_of_another_model_is_refused() -> None:
+    with pytest.raises(ValueError, match="of another model: 'b' is only in one of the two"):
+        check_names(["a"], ["a", "b"])
