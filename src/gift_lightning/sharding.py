@@ -87,8 +87,8 @@ class FSDP2(ModelParallelStrategy):
             return
         if is_quantized(policy.base):
             raise ValueError(
-                "trainer.strategy fsdp2 does not shard 4-bit weights: leave model.model.load_in_4bit "
-                "out, or use ddp."
+                "trainer.strategy fsdp2 does not shard 4-bit weights: use ddp, or leave "
+                "model.model.load_in_4bit out."
             )
         for parameter in policy.parameters():
             if parameter.requires_grad:  # what was drawn at random is the first process's
