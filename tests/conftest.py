@@ -29,6 +29,9 @@ UNCHECKED = {
     "export",
     "rollouts",
     "generation",
+    "vllm_checks",
+    "vllm_rollouts",
+    "vllm_weights",
 }
 
 

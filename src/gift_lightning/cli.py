@@ -35,6 +35,7 @@ from gift_lightning import (
     rollouts,
     sft,
     targets,
+    vllm_rollouts,
 )
 from gift_lightning.errors import one_sentence, own_error, refuse_repeated_keys
 from gift_lightning.module import PolicyModule
@@ -58,6 +59,7 @@ __all__ = [
     "rollouts",
     "sft",
     "targets",
+    "vllm_rollouts",
 ]
 
 _DEFAULTS: dict[str, Any] = {

@@ -1,0 +1,122 @@
+"""The policy as files that vLLM reads: the base that it starts from, and every update."""
+
+import secrets
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gift_lightning.models import base_model
+
+_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM can make room for
+_UNSERVED = (
+    "use_dora",
+    "modules_to_save",
+    "rank_pattern",
+    "alpha_pattern",
+    "trainable_token_indices",
+)
+
+
+class Handover:
+    """Hands the policy over, each time in a folder of its own and under a name of its own.
+
+    vLLM keeps what it has computed of a prompt, by the adapter's name among others, and would go on
+    from what older weights computed (vllm-project/vllm#42125).
+
+    Args:
+        shared_folder: where; by default the machine's folder for temporary files.
+
+    Raises:
+        ValueError: there is no such folder.
+    """
+
+    def __init__(self, shared_folder: str | None) -> None:
+        if shared_folder is not None and not Path(shared_folder).is_dir():
+            raise ValueError(f"shared_folder {shared_folder!r} is no folder: create it.")
+        self.shared_folder = shared_folder
+        self.folder: Path | None = None
+        self.name = ""
+        self._run, self._version = "", 0
+
+    @property
+    def base(self) -> Path:
+        assert self.folder is not None, "open comes first"
+        return self.folder / "base"
+
+    def open(self) -> None:
+        folder = tempfile.mkdtemp(prefix="gift-vllm-", dir=self.shared_folder)
+        self.folder = Path(folder).absolute()
+        self._run, self._version, self.name = secrets.token_hex(8), 0, ""
+
+    def write_base(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        """The model without its adapters, as a Hugging Face folder."""
+        state = {
+            name.replace(".base_layer.", "."): value
+            for name, value in base_model(model).state_dict().items()
+            if ".lora_" not in name
+        }
+        base_model(model).save_pretrained(str(self.base), state_dict=state)
+        tokenizer.save_pretrained(str(self.base))
+
+    def update(self, model: PreTrainedModel, load: Callable[[str, Path], None]) -> str:
+        """Writes what training changes, the adapters or all weights; returns its name.
+
+        Args:
+            model: the policy.
+            load: makes vLLM read it, given its name and folder.
+        """
+        assert self.folder is not None, "open comes first"
+        self._version += 1
+        before, name = self.name, f"{self._run}-{self._version}"
+        folder = self.folder / name
+        if isinstance(model, PeftModel):
+            # Without a look at the hub whether the embedding has grown.
+            model.save_pretrained(
+                str(folder), selected_adapters=["default"], save_embedding_layers=False
+            )
+        else:
+            model.save_pretrained(str(folder))
+        load(name, folder)
+        if before:
+            shutil.rmtree(self.folder / before)
+        self.name = name
+        return name
+
+    def close(self) -> None:
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder = None
+
+
+def check_adapters(model: PreTrainedModel) -> None:
+    """Raises ValueError if vLLM would not serve the policy's adapters, or as something else."""
+    if not isinstance(model, PeftModel):
+        return
+    config = model.peft_config["default"]
+    for name in _UNSERVED:
+        if getattr(config, name, None):
+            raise ValueError(
+                f"vLLM serves no adapters with {name}: drop it from model.model.lora, or sample "
+                "with HFRollout."
+            )
+    if getattr(config, "bias", "none") != "none":
+        raise ValueError(
+            f"vLLM serves no adapters with bias {config.bias!r}: drop it from "
+            "model.model.lora.extra, or sample with HFRollout."
+        )
+    if config.r > _RANKS[-1]:
+        raise ValueError(
+            f"vLLM serves adapters of rank {_RANKS[-1]} at most: lower model.model.lora.r, now "
+            f"{config.r}."
+        )
+
+
+def max_lora_rank(model: PreTrainedModel) -> int | None:
+    """What vLLM is told as such; None without adapters."""
+    if not isinstance(model, PeftModel):
+        return None
+    return next(rank for rank in _RANKS if rank >= model.peft_config["default"].r)
