@@ -107,7 +107,9 @@ class VLLMServer:
         found = [x for line in lines for x in re.findall(r"\b\w+(?:Error|Exception): .*", line)]
         told = [*(x for x in lines[-1:] if x.strip()), *found[-1:]]
         why = told[-1] if told else "it said nothing"
-        return f"the vLLM server that this run started has ended ({why}): start one by hand to see more."
+        return (
+            f"the vLLM server that this run started has ended ({why}): start one by hand to see it."
+        )
 
     def close(self) -> None:
         """Lets go of its watchdog, which ends it."""
