@@ -30,6 +30,7 @@ UNCHECKED = {
     "rollouts",
     "generation",
     "vllm_checks",
+    "vllm_colocate",
     "vllm_rollouts",
     "vllm_weights",
 }

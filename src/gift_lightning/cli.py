@@ -35,6 +35,7 @@ from gift_lightning import (
     rollouts,
     sft,
     targets,
+    vllm_colocate,
     vllm_rollouts,
 )
 from gift_lightning.errors import one_sentence, own_error, refuse_repeated_keys
@@ -59,6 +60,7 @@ __all__ = [
     "rollouts",
     "sft",
     "targets",
+    "vllm_colocate",
     "vllm_rollouts",
 ]
 
