@@ -29,6 +29,7 @@ from gift_lightning.problems import CountdownProblems
 from gift_lightning.prompts import PromptData
 from gift_lightning.rollouts import Sampling
 from gift_lightning.vllm_client import RefusedError, VLLMClient
+from gift_lightning.vllm_colocate import VLLMColocate
 from gift_lightning.vllm_rollouts import VLLMServerRollout
 from gift_lightning.vllm_sampling import logprobs_mode
 from gift_lightning.vllm_server import Launch, VLLMServer
@@ -200,17 +201,16 @@ class Watch(pl.Callback):
     on_train_end = on_train_batch_start
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
-def test_five_steps_are_sampled_from_the_new_weights(url, kind):
+def take_five_steps(kind, engine):
     module = GRPO(
         policy(kind),
         [{"class_path": "Format", "init_args": {"regex": ".*[0-4]"}}],
         optimizer=lambda p: SGD(p, lr=1.0),
         max_completion_length=8,
         reward_workers=1,
-        engine=VLLMServerRollout(url, timeout=120.0),
+        engine=engine,
     )
-    assert module.correction == "sequence_mask" and not module.engine.is_the_policy
+    assert module.correction == "sequence_mask" and not engine.is_the_policy
     sizes = {"prompts_per_rollout": 4, "num_generations": 8, "batch_size": 32}
     watch = Watch()
     trainer = pl.Trainer(
@@ -231,6 +231,32 @@ def test_five_steps_are_sampled_from_the_new_weights(url, kind):
     assert len(now) == len(watch.logged) == 5
     assert max(now) < 1e-4 and max(watch.logged) < 1e-4
     assert min(then[1:]) > 1e-2  # what was sampled from older weights would show
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_five_steps_are_sampled_from_the_new_weights(url, kind):
+    take_five_steps(kind, VLLMServerRollout(url, timeout=120.0))
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_the_same_in_one_environment(kind):
+    """Where vllm is installed beside this package; on a GPU, with sleep."""
+    pytest.importorskip("vllm", reason="VLLMColocate is not tested: no vllm in this environment")
+    sampling = replace(SAMPLING, temperature=0.7)
+    model, asked = policy(kind), prompts(3, 300)
+    engine = VLLMColocate(0.05, {"enforce_eager": True})
+    try:
+        engine.start(model, TOKENIZER, sampling, 300)
+        for seed in range(3):
+            engine.sync(moved(model, 0.05, seed))
+            groups = engine.generate(asked, 4, sampling, seed=0, keys=[0, 1])
+            assert gap(model, asked, groups, 0.7) < 1e-4
+    finally:
+        engine.close()
+    assert gap(moved(model, 0.05), asked, groups, 0.7) > 1e-2
+    for x in (x for group in groups for x in group):
+        assert x.finished == (x.tokens[-1] in SAMPLING.end_ids)
+    take_five_steps(kind, engine)  # an engine can be started again
 
 
 # --- what is refused before training ----------------------------------------------------------
@@ -403,6 +429,11 @@ def test_no_vllm_at_all(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"VLLMServerRollout\.launch\.python"):
         VLLMServer(Launch(), tmp_path / "base", [])
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(ValueError, match="VLLMColocate needs vllm beside gift-lightning"):
+        VLLMColocate().start(policy("full"), TOKENIZER, SAMPLING, 8)
+    with pytest.raises(ValueError, match="gpu_memory_utilization must be above 0"):
+        VLLMColocate(0)
 
 
 def test_nothing_outlives_a_run_that_is_killed(tmp_path):

@@ -62,8 +62,7 @@ class VLLMColocate(RolloutEngine):
             ) from error
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             raise ValueError(
-                "VLLMColocate is for a single process: use VLLMServerRollout, or "
-                "trainer.devices=1."
+                "VLLMColocate is for a single process: use VLLMServerRollout, or trainer.devices=1."
             )
         check_adapters(model)
         mode, rank = logprobs_mode(sampling), max_lora_rank(model)
