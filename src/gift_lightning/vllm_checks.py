@@ -40,7 +40,11 @@ def check_server(
     there = client.post("/tokenize", body)["tokens"]
     last = _forced(client, served["id"], vocab_size - 1)
     beyond = _forced(client, served["id"], vocab_size)
-    if there != tokenizer.encode(text, add_special_tokens=False) or last is None or beyond:
+    if (
+        there != tokenizer.encode(text, add_special_tokens=False)
+        or last is None
+        or beyond is not None
+    ):
         raise ValueError(
             f"the vLLM server at {client.url} has another vocabulary than the policy, whose "
             f"{vocab_size} tokens are those of {base_model(model).name_or_path}: let it serve the "

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -54,12 +55,7 @@ class Handover:
 
     def write_base(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """The model without its adapters, as a Hugging Face folder."""
-        state = {
-            name.replace(".base_layer.", "."): value
-            for name, value in base_model(model).state_dict().items()
-            if ".lora_" not in name
-        }
-        base_model(model).save_pretrained(str(self.base), state_dict=state)
+        _write(base_model(model), self.base)
         tokenizer.save_pretrained(str(self.base))
 
     def update(self, model: PreTrainedModel, load: Callable[[str, Path], None]) -> str:
@@ -79,7 +75,7 @@ class Handover:
                 str(folder), selected_adapters=["default"], save_embedding_layers=False
             )
         else:
-            model.save_pretrained(str(folder))
+            _write(model, folder)
         load(name, folder)
         if before:
             shutil.rmtree(self.folder / before)
@@ -90,6 +86,29 @@ class Handover:
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder = None
+
+
+def _write(base: PreTrainedModel, folder: Path) -> None:
+    """The weights under their own names, with config, without adapters.
+
+    On a CPU vLLM 0.32 packs the head's weights once, and loads none again that is tied to the
+    embedding: there it is written, and served, as a head of its own.
+    """
+    state = {
+        name.replace(".base_layer.", "."): value
+        for name, value in base.state_dict().items()
+        if ".lora_" not in name
+    }
+    head, config = base.get_output_embeddings(), base.config
+    tied = config.tie_word_embeddings
+    if head.weight is base.get_input_embeddings().weight and not torch.cuda.is_available():
+        name = next(name for name, module in base.named_modules() if module is head)
+        state[f"{name}.weight"] = head.weight.detach().clone()
+        config.tie_word_embeddings = False
+    try:
+        base.save_pretrained(str(folder), state_dict=state)
+    finally:
+        config.tie_word_embeddings = tied
 
 
 def check_adapters(model: PreTrainedModel) -> None:
