@@ -93,7 +93,7 @@ class VLLMClient:
         if reason := self.dead():
             raise RuntimeError(reason)
         raise RuntimeError(
-            f"the vLLM server at {self.url} does not answer {path}, asked {self.max_retries + 1} "
+            f"the vLLM server at {self.url} fails at {path}, asked {self.max_retries + 1} "
             f"times with a timeout of {self.timeout:g} s ({failure}): see whether it runs."
         )
 

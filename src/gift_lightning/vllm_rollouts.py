@@ -132,9 +132,9 @@ class VLLMServerRollout(RolloutEngine):
         keys: Sequence[int],
     ) -> list[list[Completion]]:
         def completed(prompt: Sequence[int], key: int) -> list[Completion]:
-            body = {"model": self._model, "prompt": list(prompt), "cache_salt": self._version}
-            body |= {**parameters(sampling, num_samples, seed, key), "return_token_ids": True}
-            choices = self._client.post("/v1/completions", body)["choices"]
+            asked = {"model": self._model, "prompt": list(prompt), "cache_salt": self._version}
+            how = {**parameters(sampling, num_samples, seed, key), "return_token_ids": True}
+            choices = self._client.post("/v1/completions", {**asked, **how})["choices"]
             return [_completion(x) for x in sorted(choices, key=lambda x: x["index"])]
 
         pool = ThreadPoolExecutor(_AT_ONCE)

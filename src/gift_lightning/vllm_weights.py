@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -99,8 +100,8 @@ def _write(base: PreTrainedModel, folder: Path) -> None:
         for name, value in base.state_dict().items()
         if ".lora_" not in name
     }
-    head, config = base.get_output_embeddings(), base.config
-    tied = config.tie_word_embeddings
+    head: Any = base.get_output_embeddings()
+    config, tied = base.config, base.config.tie_word_embeddings
     if head.weight is base.get_input_embeddings().weight and not torch.cuda.is_available():
         name = next(name for name, module in base.named_modules() if module is head)
         state[f"{name}.weight"] = head.weight.detach().clone()
