@@ -101,15 +101,16 @@ def _write(base: PreTrainedModel, folder: Path) -> None:
         if ".lora_" not in name
     }
     head: Any = base.get_output_embeddings()
-    config, tied = base.config, base.config.tie_word_embeddings
-    if head.weight is base.get_input_embeddings().weight and not torch.cuda.is_available():
+    is_tied = head.weight is base.get_input_embeddings().weight
+    config, said = base.config, base.config.tie_word_embeddings
+    if is_tied and not torch.cuda.is_available():
         name = next(name for name, module in base.named_modules() if module is head)
         state[f"{name}.weight"] = head.weight.detach().clone()
         config.tie_word_embeddings = False
     try:
         base.save_pretrained(str(folder), state_dict=state)
     finally:
-        config.tie_word_embeddings = tied
+        config.tie_word_embeddings = said
 
 
 def check_adapters(model: PreTrainedModel) -> None:
