@@ -201,7 +201,8 @@ class Watch(pl.Callback):
     on_train_end = on_train_batch_start
 
 
-def take_five_steps(kind, engine):
+def trained(kind, engine, max_steps, callbacks=(), **options):
+    """The module after some steps of GRPO."""
     module = GRPO(
         policy(kind),
         [{"class_path": "Format", "init_args": {"regex": ".*[0-4]"}}],
@@ -211,13 +212,11 @@ def take_five_steps(kind, engine):
         engine=engine,
     )
     assert module.correction == "sequence_mask" and not engine.is_the_policy
-    sizes = {"prompts_per_rollout": 4, "num_generations": 8, "batch_size": 32}
-    watch = Watch()
     trainer = pl.Trainer(
-        max_steps=5,
+        max_steps=max_steps,
         accelerator="cpu",
         logger=False,
-        callbacks=[watch],
+        callbacks=list(callbacks),
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -225,8 +224,16 @@ def take_five_steps(kind, engine):
         limit_val_batches=0,
         gradient_clip_val=1.0,
         log_every_n_steps=1,
+        **options,
     )
+    sizes = {"prompts_per_rollout": 4, "num_generations": 8}
     trainer.fit(module, PromptData(CountdownProblems("train", "any", 32), **sizes))
+    return module
+
+
+def take_five_steps(kind, engine):
+    watch = Watch()
+    trained(kind, engine, 5, [watch])
     now, then = zip(*watch.gaps, strict=True)
     assert len(now) == len(watch.logged) == 5
     assert max(now) < 1e-4 and max(watch.logged) < 1e-4
@@ -236,6 +243,19 @@ def take_five_steps(kind, engine):
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_five_steps_are_sampled_from_the_new_weights(url, kind):
     take_five_steps(kind, VLLMServerRollout(url, timeout=120.0))
+
+
+@pytest.mark.parametrize("server", ["stub"], indirect=True)
+def test_two_processes_sample_as_one_does(url):
+    """Each asks for its share; the weights are handed over once."""
+    found = []
+    for options in ({}, {"strategy": "ddp_spawn", "devices": 2}):
+        module = trained("lora", VLLMServerRollout(url, timeout=120.0), 2, **options)
+        learned = [p.detach().flatten() for p in module.parameters() if p.requires_grad]
+        found.append(torch.cat(learned))
+    start = [p.detach().flatten() for p in policy("lora").parameters() if p.requires_grad]
+    assert (found[0] - torch.cat(start)).abs().max() > 1e-3
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
