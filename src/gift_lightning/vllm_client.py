@@ -9,8 +9,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 _PAUSE = 0.5  # seconds before the first repetition, doubled each time
-
-
 _CONNECTIONS = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
 _HINTS = {
     "/collective_rpc": "start it with VLLM_SERVER_DEV_MODE=1",
@@ -93,17 +91,14 @@ class VLLMClient:
         if reason := self.dead():
             raise RuntimeError(reason)
         raise RuntimeError(
-            f"the vLLM server at {self.url} fails at {path}, asked {self.max_retries + 1} "
-            f"times with a timeout of {self.timeout:g} s ({failure}): see whether it runs."
+            f"the vLLM server at {self.url} fails at {path}, asked {self.max_retries + 1} times "
+            f"with a timeout of {self.timeout:g} s ({failure}): see whether it runs."
         )
 
     def _once(self, method: str, path: str, body: dict[str, Any] | None) -> tuple[int, str]:
         parts = urlsplit(self.url)
         assert parts.hostname is not None
-        kind = (
-            http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        )
-        connection = kind(parts.hostname, parts.port, timeout=self.timeout)
+        connection = _CONNECTIONS[parts.scheme](parts.hostname, parts.port, timeout=self.timeout)
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get("VLLM_API_KEY"):  # as the server itself reads it
             headers["Authorization"] = f"Bearer {key}"

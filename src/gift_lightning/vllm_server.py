@@ -103,12 +103,14 @@ class VLLMServer:
         """What happened, if it has ended."""
         if self._process.poll() is None:
             return None
-        lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
-        found = [x for line in lines for x in re.findall(r"\b\w+(?:Error|Exception): .*", line)]
-        told = [*(x for x in lines[-1:] if x.strip()), *found[-1:]]
-        why = told[-1] if told else "it said nothing"
+        log = self.log.read_text(errors="replace") if self.log.exists() else ""
+        errors = re.findall(r"\b\w+(?:Error|Exception): .*", log)
+        # vLLM's own last word is that there was another.
+        causes = [x for x in errors if "root cause" not in x] or log.split("\n")[-2:-1]
+        why = causes[-1] if causes else "it said nothing"
         return (
-            f"the vLLM server that this run started has ended ({why}): start one by hand to see it."
+            f"the vLLM server that this run started has ended ({why}): start one by hand to see all "
+            "that it says."
         )
 
     def close(self) -> None:
