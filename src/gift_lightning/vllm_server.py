@@ -109,8 +109,8 @@ class VLLMServer:
         causes = [x for x in errors if "root cause" not in x] or log.split("\n")[-2:-1]
         why = causes[-1] if causes else "it said nothing"
         return (
-            f"the vLLM server that this run started has ended ({why}): start one by hand to see all "
-            "that it says."
+            f"the vLLM server that this run started has ended ({why}): start one by hand to see "
+            "all that it says."
         )
 
     def close(self) -> None:
