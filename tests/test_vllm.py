@@ -13,6 +13,7 @@ import threading
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -206,7 +207,7 @@ def trained(kind, engine, max_steps, callbacks=(), **options):
     module = GRPO(
         policy(kind),
         [{"class_path": "Format", "init_args": {"regex": ".*[0-4]"}}],
-        optimizer=lambda p: SGD(p, lr=1.0),
+        optimizer=partial(SGD, lr=1.0),  # which can be sent to another process
         max_completion_length=8,
         reward_workers=1,
         engine=engine,
