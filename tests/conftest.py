@@ -30,6 +30,10 @@ UNCHECKED = {
     "rollouts",
     "generation",
     "quantization",
+    "vllm_checks",
+    "vllm_colocate",
+    "vllm_rollouts",
+    "vllm_weights",
 }
 
 

@@ -38,6 +38,8 @@ from gift_lightning import (
     sft,
     sharding,
     targets,
+    vllm_colocate,
+    vllm_rollouts,
 )
 from gift_lightning.errors import one_sentence, own_error, refuse_repeated_keys
 from gift_lightning.module import PolicyModule
@@ -63,6 +65,8 @@ __all__ = [
     "sft",
     "sharding",
     "targets",
+    "vllm_colocate",
+    "vllm_rollouts",
 ]
 
 _DEFAULTS: dict[str, Any] = {

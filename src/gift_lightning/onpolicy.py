@@ -103,6 +103,8 @@ class OnPolicy(PolicyModule):
         check_positions(base_model(self.model), data.problems, data.prompt_ids, limit)
         if stage == "fit":
             sampling = replace(self.sampling, end_ids=tuple(self.end_ids))
+            longest = max(map(len, data.prompt_ids))
+            self.engine.start(self.model, self.tokenizer, sampling, longest)
             self._collector = Collector(
                 self.engine, sampling, self.rewards, self.tokenizer, **self.collecting
             )
@@ -240,15 +242,17 @@ class OnPolicy(PolicyModule):
         return [_Closing()]
 
     def teardown(self, stage: str) -> None:
-        """Ends the reward workers, and forgets the rollout: another fit samples its own."""
+        """Ends the reward workers and what the engine started, and forgets the rollout: another fit
+        samples its own."""
         self.experience = self.batch = None
+        self.engine.close()
         if self._collector is not None:
             self._collector.close()
             self._collector = None
 
 
 class _Closing(Callback):
-    """No reward worker survives a fit that failed."""
+    """Nothing that a fit started survives it when it fails."""
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: Any) -> None:
         pl_module.teardown("")

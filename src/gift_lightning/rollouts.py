@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gift_lightning.generation import Completion, generate
 
@@ -37,9 +37,28 @@ class RolloutEngine(ABC):
     is_the_policy: ClassVar[bool] = False
     """Whether the trainer's own model samples, so that there is no difference to correct."""
 
+    def start(  # noqa: B027 (the policy itself is always ready)
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        sampling: Sampling,
+        max_prompt_length: int,
+    ) -> None:
+        """Gets ready to sample; called once, before training, on every rank.
+
+        Args:
+            model: the policy.
+            tokenizer: its own.
+            sampling: how completions will be drawn.
+            max_prompt_length: tokens of the longest prompt.
+
+        Raises:
+            ValueError: this engine cannot sample so from this policy.
+        """
+
     @abstractmethod
     def sync(self, model: PreTrainedModel) -> None:
-        """Takes over the policy's weights; called before every rollout."""
+        """Takes over the policy's weights; called before every rollout, on every rank."""
 
     def release(self) -> None:  # noqa: B027 (most engines have nothing to forget)
         """Called after every rollout: gives back the memory that it took."""
@@ -62,6 +81,9 @@ class RolloutEngine(ABC):
             keys: what names each prompt in its random streams; with the seed and the sample's
                 number, all that a completion's randomness depends on.
         """
+
+    def close(self) -> None:  # noqa: B027 (likewise)
+        """Ends what `start` began; called after training and after an error, maybe twice."""
 
 
 class HFRollout(RolloutEngine):
