@@ -70,6 +70,7 @@ _DEFAULTS: dict[str, Any] = {
     "use_distributed_sampler": False,  # the data modules deal samples to devices themselves
 }
 
+
 class _Parser(LightningArgumentParser):
     def _add_signature_parameter(self, *args: Any, **kwargs: Any) -> Any:
         # Otherwise jsonargparse reads the data file behind `--data.train rows.jsonl` as a config.
