@@ -258,7 +258,7 @@ class CachedTopK(Reference):
             off = adapter_off if isinstance(policy.model, PeftModel) else nullcontext
             with scoring(policy.model), off(policy.model):
                 rows = _projected(policy, batch)
-        for chunk in chunks(len(labels), default_chunk(len(policy.head.weight))):
+        for chunk in chunks(len(labels), default_chunk(policy.head.weight)):
             yield chunk, _truncate(Distribution(rows.logits(chunk), labels[chunk]), k)
 
 
