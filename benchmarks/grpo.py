@@ -25,12 +25,14 @@ def ours(options: argparse.Namespace) -> dict[str, float]:
     from gift_lightning.models import causal_lm
     from gift_lightning.problems import CountdownProblems
     from gift_lightning.prompts import PromptData
+    from gift_lightning.rollouts import HFRollout
 
     steps = options.skip + options.steps
     module = stage.GRPO(
         causal_lm("gift:countdown"),
         ["Countdown"],
         max_completion_length=LENGTH,
+        engine=HFRollout(options.prompts * options.samples),  # all at once, as TRL
         optimizer=lambda p: AdamW(p, lr=LR, weight_decay=0.0),
     )
     problems = CountdownProblems("train", "drawn", options.prompts * steps)

@@ -226,7 +226,7 @@ class CachedTopK(Reference):
             parts = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
             for part in track(parts, "caching the reference"):
                 whole = MicroBatch(tuple(part.tolist()), int(counts[part].sum()), len(part))
-                batch = collate([samples[i] for i in part], whole, pad_id=0, packing=False)
+                batch = collate([samples[i] for i in part.tolist()], whole, pad_id=0, packing=False)
                 places = _places(index[batch["sample_ids"].numpy()])
                 for chunk, values in self._read(policy, batch, k):
                     for array, value in zip(arrays.values(), values, strict=True):
