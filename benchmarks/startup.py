@@ -55,10 +55,12 @@ def fit_seconds(threads: int, folder: str) -> float:
         text=True,
     ) as process:
         assert process.stdout is not None
-        seconds = [time.perf_counter() - begin for line in process.stdout if said in line]
-    if process.returncode or not seconds:
-        sys.exit(f"gift fit ended with status {process.returncode}.")
-    return seconds[0]
+        for line in process.stdout:
+            if said in line:
+                seconds = time.perf_counter() - begin
+                process.kill()
+                return seconds
+    sys.exit(f"gift fit ended with status {process.returncode} before a step.")
 
 
 def data_seconds(options: argparse.Namespace, cache: str) -> float:
