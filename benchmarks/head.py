@@ -1,6 +1,7 @@
 """Time and memory of the fused head against the dense losses, on the same inputs, in one run.
 
     python benchmarks/head.py --tokens 2048 --vocab 151936 --width 896 --threads 2
+    python benchmarks/head.py --tokens 1024 2048 4096 8192 16384 --vocab 16384 --width 256
 
 A cell is one forward and backward pass from hidden states [tokens, width] and a head
 [vocab, width] in float32 to the gradients of both, measured in a process of its own, after a small
@@ -11,13 +12,10 @@ the table has the medians.
 
 import argparse
 import json
-import os
-import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
+
+from measuring import Runs, machine, markdown, median, resident, run_cells
 
 GIFT_OFFICIAL, GIFT_DENSE = "GIFT(beta=20), official form", "GIFT(beta=20), dense, less kept"
 GIFT_FUSED = "GIFT(beta=20), fused"
@@ -109,62 +107,36 @@ def measure(cell: str, tokens: int, vocab: int, width: int, threads: int) -> dic
 
     run_pass(*inputs(64, 256))
     given = inputs(tokens, vocab)
-    before = _resident(peak=False)
+    before = resident(peak=False)
     start = time.perf_counter()
     loss = run_pass(*given)
     seconds = time.perf_counter() - start
     assert given[0].grad is not None and given[1].grad is not None
     return {
         "seconds": seconds,
-        "mib": max(_resident(peak=True) - before, 1) / 2**20,
+        "mib": max(resident(peak=True) - before, 1) / 2**20,
         "loss": loss,
     }
 
 
-def _resident(peak: bool) -> int:
-    """Bytes resident now, after which the peak counts anew; or the highest since."""
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if status.exists() and os.access(reset, os.W_OK):
-        if not peak:
-            reset.write_text("5")
-        key = "VmHWM:" if peak else "VmRSS:"
-        line = next(x for x in status.read_text().splitlines() if x.startswith(key))
-        return int(line.split()[1]) * 1024
-    import resource
-
-    highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return highest if sys.platform == "darwin" else highest * 1024
+def run(options: argparse.Namespace, tokens: int) -> Runs:
+    """All cells at one number of tokens."""
+    sizes = [f"--tokens={tokens}", f"--vocab={options.vocab}", f"--width={options.width}"]
+    cells = [cell for group in GROUPS for cell in group]
+    return run_cells(__file__, cells, sizes, options.threads, options.repeats)
 
 
-def run(options: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
-    """All cells, one after another, `repeats` times over."""
-    sizes = [f"--{k}={getattr(options, k)}" for k in ("tokens", "vocab", "width", "threads")]
-    environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
-    results: dict[str, list[dict[str, float]]] = {}
-    for turn in range(options.repeats):
-        for cell in (cell for group in GROUPS for cell in group):
-            command = [sys.executable, __file__, *sizes, f"--cell={cell}"]
-            out = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
-            if out.returncode:  # −9: killed, most likely for memory
-                sys.exit(f"{cell} ended with status {out.returncode}: try fewer --tokens.")
-            if found := json.loads(out.stdout.splitlines()[-1]):
-                results.setdefault(cell, []).append(found)
-                print(f"  {turn + 1}/{options.repeats} {cell}: {found['seconds']:.2f} s",
-                      file=sys.stderr)  # fmt: skip
-    return results
-
-
-def table(results: dict[str, list[dict[str, float]]]) -> str:
+def table(results: Runs) -> str:
     """A markdown table; the ratios are to the first row of each group."""
     lines = [
         "| computation | time (s) | memory (MiB) | time ratio | memory ratio | loss |",
         "|---|---|---|---|---|---|",
     ]
     for group in GROUPS:
-        base = {k: _median(results[group[0]], k) for k in ("seconds", "mib")}
+        base = {k: median(results[group[0]], k) for k in ("seconds", "mib")}
         for cell in group:
             if cell in results:
-                seconds, mib, loss = (_median(results[cell], k) for k in ("seconds", "mib", "loss"))
+                seconds, mib, loss = (median(results[cell], k) for k in ("seconds", "mib", "loss"))
                 lines.append(
                     f"| {cell} | {seconds:.2f} | {mib:,.0f} | {seconds / base['seconds']:.2f} "
                     f"| 1/{base['mib'] / mib:.1f} | {loss:.5f} |"
@@ -172,13 +144,19 @@ def table(results: dict[str, list[dict[str, float]]]) -> str:
     return "\n".join(lines)
 
 
-def _median(runs: list[dict[str, float]], key: str) -> float:
-    return statistics.median(run[key] for run in runs)
+def growth(results: dict[int, Runs]) -> str:
+    """A markdown table of memory by the number of tokens."""
+    rows = []
+    for cell in (cell for group in GROUPS for cell in group):
+        if all(cell in runs for runs in results.values()):
+            mib = (f"{median(runs[cell], 'mib'):,.0f}" for runs in results.values())
+            rows.append((cell, *mib))
+    return markdown(("memory (MiB) at tokens", *map(str, results)), rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2048], help="one table for each")
     parser.add_argument("--vocab", type=int, default=151_936, help="Qwen2.5's by default")
     parser.add_argument("--width", type=int, default=896, help="of the hidden states")
     parser.add_argument("--threads", type=int, default=2)
@@ -186,16 +164,21 @@ def main() -> None:
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.cell:
-        sizes = (options.tokens, options.vocab, options.width, options.threads)
+        sizes = (options.tokens[0], options.vocab, options.width, options.threads)
         print(json.dumps(measure(options.cell, *sizes)))
         return
+    print(machine(options.threads, options.repeats))
     print(
-        f"{options.tokens} tokens, vocabulary {options.vocab}, width {options.width}, float32, "
-        f"{options.threads} threads, medians of {options.repeats}. Ratios are to the dense form "
+        f"Vocabulary {options.vocab}, width {options.width}, float32. Ratios are to the dense form "
         "in the first row of the same\nmethod (GIFT, then SFT): below 1 is less time, 1/10 is a "
-        "tenth of the memory.\n"
+        "tenth of the memory."
     )
-    print(table(run(options)))
+    results = {}
+    for tokens in options.tokens:
+        results[tokens] = run(options, tokens)
+        print(f"\n{tokens} tokens\n\n{table(results[tokens])}")
+    if len(results) > 1:
+        print(f"\n{growth(results)}")
 
 
 if __name__ == "__main__":

@@ -55,6 +55,7 @@ def _check_annotations() -> None:
 
 _check_annotations()
 
+os.environ["GIFT_CACHE"] = ""  # no test reads what a user or another test left
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 

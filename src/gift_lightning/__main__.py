@@ -1,5 +1,5 @@
 """`python -m gift_lightning` is `gift`."""
 
-from gift_lightning.cli import main
+from gift_lightning.commands import main
 
 main()

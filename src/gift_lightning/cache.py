@@ -225,7 +225,7 @@ class CachedTopK(Reference):
             parts = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
             for part in track(parts, "caching the reference"):
                 whole = MicroBatch(tuple(part.tolist()), int(counts[part].sum()), len(part))
-                batch = collate([samples[i] for i in part], whole, pad_id=0, packing=False)
+                batch = collate([samples[i] for i in part.tolist()], whole, pad_id=0, packing=False)
                 places = _places(index[batch["sample_ids"].numpy()])
                 for chunk, values in self._read(policy, batch, k):
                     for array, value in zip(arrays.values(), values, strict=True):
@@ -257,7 +257,7 @@ class CachedTopK(Reference):
             off = adapter_off if isinstance(policy.model, PeftModel) else nullcontext
             with scoring(policy.model), off(policy.model):
                 rows = policy.projected(batch)
-        for chunk in chunks(len(labels), default_chunk(len(policy.head.weight))):
+        for chunk in chunks(len(labels), default_chunk(policy.head.weight)):
             yield chunk, _truncate(Distribution(rows.logits(chunk), labels[chunk]), k)
 
 

@@ -41,6 +41,7 @@ from gift_lightning import (
     vllm_colocate,
     vllm_rollouts,
 )
+from gift_lightning.commands import APART
 from gift_lightning.errors import one_sentence, own_error, refuse_repeated_keys
 from gift_lightning.module import PolicyModule
 from gift_lightning.run import ExportHF, Report, SaveConfig, fresh_folder
@@ -77,15 +78,6 @@ _DEFAULTS: dict[str, Any] = {
     "num_sanity_val_steps": -1,  # a whole validation before training: step 0 of every curve
     "use_distributed_sampler": False,  # the data modules deal samples to devices themselves
 }
-
-_MORE = (
-    "Also: `gift ablate FILE` runs arms × seeds × stages of an experiment; `gift compare RUN...` "
-    "tells which of their differences are real; `gift evaluate RUN --backend lm_eval` runs "
-    "lm-evaluation-harness on a finished run; `gift export --run RUN --out DIR` writes any of its "
-    "checkpoints as a Hugging Face folder; `gift plan`, with the flags of `gift fit`, tells how "
-    "much memory a run takes on each device."
-)
-
 
 _FSDP1 = FSDPStrategy.get_registered_strategies()
 
@@ -167,7 +159,7 @@ class GiftCLI(LightningCLI):
             seed_everything_default=0,
             trainer_defaults=_DEFAULTS,
             parser_class=_Parser,
-            parser_kwargs={"prog": "gift", "epilog": _MORE},
+            parser_kwargs={"prog": "gift", "epilog": "`gift --help` lists all commands."},
             args=list(args) if args is not None else None,
             run=run,
         )
@@ -259,7 +251,7 @@ class GiftCLI(LightningCLI):
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Entry point of the `gift` command.
+    """Runs a command of `gift`.
 
     An error that this package raises itself is one sentence and exit code 1, a command line or
     config that does not parse one sentence and exit code 2; anything else is a defect and keeps its
@@ -282,15 +274,12 @@ def main(args: Sequence[str] | None = None) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
     try:
-        if words[:1] in (["ablate"], ["compare"], ["evaluate"], ["export"]):
-            import_module(f"gift_lightning.{words[0]}").main(words[1:])  # they import this module
-            return
         for word, after in pairwise([*words, ""]):
             flag, _, path = word.partition("=")
             if flag in ("-c", "--config"):
                 refuse_repeated_keys(path or after)
-        if words[:1] == ["plan"]:
-            import_module("gift_lightning.plan").main(words[1:])
+        if words and words[0] in APART:
+            import_module(f"gift_lightning.{words[0]}").main(words[1:])  # they import this module
             return
         GiftCLI(words)
     except Exception as error:

@@ -1,7 +1,7 @@
 """The data module: sources in, packed micro-batches out, in an order that survives any restart."""
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from itertools import chain
 from typing import Any, TypeAlias
 
@@ -19,9 +19,10 @@ from gift_lightning.masks import LossOn
 from gift_lightning.order import MicroBatch, MicroBatches, Sequential, mixture
 from gift_lightning.position import PositionedData
 from gift_lightning.records import Record, Rejected, Source, read
-from gift_lightning.render import Rendering, Truncation, encode_all
+from gift_lightning.render import Rendering, Truncation
 from gift_lightning.replicas import Replicas
 from gift_lightning.seeds import keyed_seed
+from gift_lightning.tokenised import tokenise
 
 Sources: TypeAlias = str | Source | list[str | Source]
 
@@ -121,26 +122,17 @@ class SFTData(PositionedData):
         self, name: str, records: Iterable[Record | Rejected], vocab_size: int
     ) -> tuple[Examples, np.ndarray]:
         """The samples of a set, and their numbers in one epoch of it, int64 [n]."""
-        ledger = self.ledger[name] = Ledger(name)
-        kept: list[Record] = []
-
-        def samples() -> Iterator[tuple[list[int], list[int]]]:
-            for record, result in encode_all(records, self._tokenizer, self.rendering, vocab_size):
-                if isinstance(result, Rejected):
-                    ledger.rejected.append(result)
-                    continue
-                assert isinstance(record, Record)
-                kept.append(record)
-                ledger.notes.update(result.notes)
-                yield result.input_ids, result.labels
-
-        examples = Examples(samples())
-        ids = mixture([(record.source, record.weight) for record in kept], self.seed)
+        read_now = list(records)
+        made = tokenise(read_now, self._tokenizer, self.rendering, vocab_size)
+        ledger = self.ledger[name] = Ledger(name, notes=made.notes, file=made.file)
+        ledger.rejected = [Rejected(why, read_now[i].origin) for i, why in made.rejected.items()]
+        kept = [x for i, x in enumerate(read_now) if i not in made.rejected]
+        ids = mixture([(x.source, x.weight) for x in kept if isinstance(x, Record)], self.seed)
         drawn = set(ids.tolist())
         ledger.used = len(drawn)
         ledger.left_out = [record.origin for i, record in enumerate(kept) if i not in drawn]
         ledger.check(self.max_rejected)
-        return examples, ids
+        return made.examples, ids
 
     def _deal(self, world: int, rank: int, accumulate: int) -> None:
         examples, ids = self._sets["train"]
@@ -181,6 +173,9 @@ class SFTData(PositionedData):
                 name = ""
         console.print(table)
         for ledger in self.ledger.values():
+            if ledger.file is not None:
+                said = f"Tokens of {ledger.name}: read from {ledger.file} (`GIFT_CACHE=` for none)"
+                console.print(said, highlight=False, markup=False, soft_wrap=True)
             for item in ledger.rejected[:5]:
                 console.print(f"Not used: {item}", highlight=False, markup=False)
         examples, ids = self._sets["train"]

@@ -61,9 +61,14 @@ class Distribution:
         return torch.softmax(self.logits, -1, out=self._buffer)
 
     @cached_property
+    def top(self) -> Float[Tensor, " n"]:
+        """The largest logit of each row."""
+        return self.logits.amax(-1)
+
+    @cached_property
     def lse(self) -> Float[Tensor, " n"]:
         """log Σ_k exp z_k, read off the softmax at its largest entry, where it is exact."""
-        return self.logits.amax(-1) - self.p.amax(-1).log()
+        return self.top - self.p.amax(-1).log()
 
     @cached_property
     def logp(self) -> Float[Tensor, "n v"]:

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import groupby
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -31,6 +32,8 @@ class Ledger:
     """Good records that a source weight below 1 leaves unused."""
     notes: Counter[str] = field(default_factory=Counter)
     """What happened to used records on the way, such as truncation."""
+    file: Path | None = None
+    """Where the tokens were read from, if they were kept by an earlier start."""
 
     @property
     def read(self) -> int:
@@ -64,25 +67,42 @@ class Ledger:
 class Examples(Dataset[tuple[Tensor, Tensor]]):
     """Tokenised samples in flat arrays; item i is (`input_ids`, `labels`), Int64 [t] each.
 
+    Args:
+        lengths: Tokens of each sample, int64 [n]; none is empty.
+        ids: All tokens, one sample after another, int32 [sum of lengths].
+        learned: Whether each of them is learned, bool [sum of lengths].
+
     Attributes:
-        lengths: Tokens of each sample, int64 [n].
-        num_targets: Learned tokens of each sample, int64 [n].
+        lengths: As given.
+        num_targets: Learned tokens of each sample, int64 [n]; no token predicts the first.
         digest: sha256 over all ids and labels.
     """
 
-    def __init__(self, samples: Iterable[tuple[list[int], list[int]]]) -> None:
-        ids, learned = [np.zeros(0, dtype=np.int32)], [np.zeros(0, dtype=bool)]
-        for input_ids, labels in samples:
-            ids.append(np.array(input_ids, dtype=np.int32))
-            learned.append(np.array(labels, dtype=np.int64) != IGNORED)
-        self.lengths = np.array([len(x) for x in ids[1:]], dtype=np.int64)
-        self.num_targets = np.array([x[1:].sum() for x in learned[1:]], dtype=np.int64)
-        self._offsets = np.cumsum([0, *self.lengths], dtype=np.int64)
-        self._ids, self._learned = np.concatenate(ids), np.concatenate(learned)
+    def __init__(self, lengths: np.ndarray, ids: np.ndarray, learned: np.ndarray) -> None:
+        self.lengths, self._ids, self._learned = lengths, ids, learned
+        self._offsets = np.append(0, lengths.cumsum())
+        predicted = learned.copy()
+        predicted[self._offsets[:-1]] = False
+        self.num_targets = np.diff(np.append(0, predicted.cumsum())[self._offsets])
         digest = hashlib.sha256(self._offsets.tobytes())
         digest.update(self._ids.tobytes())
         digest.update(self._learned.tobytes())
         self.digest = digest.hexdigest()
+
+    @classmethod
+    def of(cls, samples: Iterable[tuple[list[int], list[int]]]) -> "Examples":
+        """From the `input_ids` and `labels` of each sample."""
+        ids, learned = [np.zeros(0, dtype=np.int32)], [np.zeros(0, dtype=bool)]
+        for input_ids, labels in samples:
+            ids.append(np.array(input_ids, dtype=np.int32))
+            learned.append(np.array(labels, dtype=np.int64) != IGNORED)
+        lengths = np.array([len(x) for x in ids[1:]], dtype=np.int64)
+        return cls(lengths, np.concatenate(ids), np.concatenate(learned))
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What they are made from again."""
+        return {"lengths": self.lengths, "ids": self._ids, "learned": self._learned}
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -70,7 +70,7 @@ class GRPO(OnPolicy):
         optimizer: over the trainable parameters.
         schedule: of the learning rate.
         tokenizer: folder or hub id, if it is not the model's own.
-        chunk_size: tokens whose logits exist at a time; by default about 2²⁵ logits.
+        chunk_size: tokens whose logits exist at a time; by default about 2²⁵ logits, on a CPU 2²⁴.
         max_skipped_steps: non-finite steps in a row that stop the run.
     """
 

@@ -131,7 +131,7 @@ def fused_token_loss(
         sequence_ids: which sequence each token belongs to; one sequence if not given.
         token_weight: factor on each token's finished loss, unlike `Target.label_weight`, a share of
             Q within the token.
-        chunk_size: tokens projected at a time; by default about 2²⁵ logits.
+        chunk_size: tokens projected at a time; by default about 2²⁵ logits, on a CPU 2²⁴.
 
     Raises:
         ValueError: if the target reads something that was not given, or shapes do not fit.
@@ -205,7 +205,7 @@ def head_loss(
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be 1 or more, got {chunk_size}.")
     if chunk_size is None:
-        chunk_size = default_chunk(len(head.weight))
+        chunk_size = default_chunk(head.weight)
     job = _Job(
         head, labels, target, reference, old_logp, sequence_ids, token_weight, chunk_size, diagnose
     )

@@ -32,10 +32,10 @@ def token_logp(
         head: of the language model.
         tokens: vocabulary entries.
         temperature: that the tokens were sampled at.
-        chunk_size: tokens whose logits exist at a time; by default about 2²⁵ logits.
+        chunk_size: tokens whose logits exist at a time; by default about 2²⁵ logits, on a CPU 2²⁴.
     """
     if chunk_size is None:
-        chunk_size = default_chunk(len(head.weight))
+        chunk_size = default_chunk(head.weight)
     bias = head.bias if head.bias is not None else hidden.new_zeros(0)
     logp, entropy = _TokenLogp.apply(
         hidden, head.weight, bias, head, tokens, temperature, chunk_size

@@ -74,7 +74,7 @@ def evaluate(
     if second is not None:
         value = value + second[0]
         label_mass = label_mass - t.at_label(second[1])
-    correct = (t.at_label(t.logits) >= t.logits.amax(-1)).to(value.dtype)
+    correct = (t.at_label(t.logits) >= t.top).to(value.dtype)
     out = Evaluation(value, None, gamma, label_mass, -t.logp_y, correct)
     if diagnose:
         out.entropy = t.entropy

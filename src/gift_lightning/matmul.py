@@ -13,9 +13,11 @@ def math_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def default_chunk(num_classes: int) -> int:
-    """Rows of about 2²⁵ logits in all, a multiple of 64."""
-    return max(64, -(-(2**25 // num_classes) // 64) * 64)
+def default_chunk(weight: Tensor) -> int:
+    """Rows for a head [v, d] of about 2²⁵ logits in all, of 2²⁴ on a CPU; a multiple of 64."""
+    # Smaller costs a CPU no time; an accelerator would wait for the head's gradient.
+    logits = 2**24 if weight.device.type == "cpu" else 2**25
+    return max(64, -(-(logits // len(weight)) // 64) * 64)
 
 
 def chunks(n: int, size: int) -> Iterator[slice]:

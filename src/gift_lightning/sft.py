@@ -33,7 +33,7 @@ class SFT(Imitation):
             tokens (sequence, sequence_sum: Algorithm 1 of the GIFT paper); or, as the official
             GIFT code does, a sum over micro-batches of each one's token mean (micro_batch).
         tokenizer: folder or hub id, if it is not the model's own.
-        chunk_size: tokens whose logits exist at a time; by default about 2²⁵ logits.
+        chunk_size: tokens whose logits exist at a time; by default about 2²⁵ logits, on a CPU 2²⁴.
         max_skipped_steps: non-finite steps in a row that stop the run.
         old_policy_every: optimizer steps between refreshes of the old policy, for targets with a
             ratio to it (PSFT's code takes 8 updates for each).

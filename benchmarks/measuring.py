@@ -1,0 +1,127 @@
+"""What the benchmarks share: cells in processes of their own, memory, medians, the machine."""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+Runs = dict[str, list[dict[str, float]]]
+"""What each cell found, by its name: one entry for each repeat."""
+
+ROOT = Path(__file__).parents[1]
+
+
+def resident(peak: bool) -> int:
+    """Bytes resident now, after which the peak counts anew; or the highest since."""
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if status.exists() and os.access(reset, os.W_OK):
+        if not peak:
+            reset.write_text("5")
+        key = "VmHWM:" if peak else "VmRSS:"
+        line = next(x for x in status.read_text().splitlines() if x.startswith(key))
+        return int(line.split()[1]) * 1024
+    import resource
+
+    highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return highest if sys.platform == "darwin" else highest * 1024
+
+
+class Clock:
+    """Seconds of a step and peak memory of a run whose steps `tick`; the first are not timed.
+
+    Memory is counted from where the clock is made, with every step.
+    """
+
+    def __init__(self, skip: int) -> None:
+        self.skip, self.ticks, self.before = skip, 0, resident(peak=False)
+
+    def tick(self) -> None:
+        """Ends a step."""
+        self.ticks += 1
+        self.end = time.perf_counter()
+        if self.ticks == self.skip:
+            self.start = self.end
+
+    def found(self) -> dict[str, float]:
+        """Seconds per step, and MiB at the highest beyond those at the start."""
+        seconds = (self.end - self.start) / (self.ticks - self.skip)
+        return {"seconds": seconds, "mib": max(resident(peak=True) - self.before, 1) / 2**20}
+
+
+def start(file: str, cell: str, flags: Sequence[str], threads: int) -> subprocess.Popen[str]:
+    """A process that runs one cell of a benchmark, and ends with a line of JSON."""
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(threads),
+        "GIFT_CACHE": "",
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]),
+    }
+    command = [sys.executable, file, f"--threads={threads}", *flags, f"--cell={cell}"]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen[str], cell: str) -> dict[str, float]:
+    """What the cell found; ends the benchmark if it failed."""
+    out, _ = process.communicate()
+    if process.returncode:  # −9: killed, most likely for memory
+        sys.exit(f"{cell} ended with status {process.returncode}: try smaller sizes.")
+    found: dict[str, float] = json.loads(out.splitlines()[-1])
+    return found
+
+
+def run_cells(
+    file: str, cells: Sequence[str], flags: Sequence[str], threads: int, repeats: int
+) -> Runs:
+    """All cells, one after another, `repeats` times over and every second time backwards.
+
+    A cell that finds nothing, because what it needs is not installed, is left out.
+    """
+    runs: Runs = {}
+    for turn in range(repeats):
+        for cell in cells[:: -1 if turn % 2 else 1]:
+            if found := finish(start(file, cell, flags, threads), cell):
+                runs.setdefault(cell, []).append(found)
+                said = ", ".join(f"{k} {v:.4g}" for k, v in found.items())
+                print(f"  {turn + 1}/{repeats} {cell}: {said}", file=sys.stderr)
+    return runs
+
+
+def median(runs: Sequence[dict[str, float]], key: str) -> float:
+    return statistics.median(run[key] for run in runs)
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def has_trl(cell: str) -> bool:
+    """Whether TRL is installed; says what is left out if not."""
+    try:
+        import trl  # noqa: F401
+    except ImportError:
+        print(f'{cell} is left out: pip install "gift-lightning[bench]".', file=sys.stderr)
+        return False
+    return True
+
+
+def machine(threads: int, repeats: int) -> str:
+    """What a figure was measured on and with."""
+    import torch
+    import transformers
+
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    info = Path("/proc/cpuinfo")
+    names = [x for x in info.read_text().splitlines() if "model name" in x] if info.exists() else []
+    cpu = names[0].split(":", 1)[1].strip() if names else platform.processor()
+    return (
+        f"{cpu}, {os.cpu_count()} cores, {threads} threads; torch {torch.__version__}, "
+        f"transformers {transformers.__version__}; commit {commit or 'unknown'}; "
+        f"medians of {repeats}."
+    )

@@ -1,0 +1,239 @@
+"""A step of SFT and of GIFT against a bare PyTorch loop and TRL's SFTTrainer, on the same rows.
+
+    python benchmarks/sft.py
+    python benchmarks/sft.py --model SMOLLM2_FOLDER --batch 2
+
+Full training in float32, AdamW, clipping, no gradient checkpointing; rows of equal length, all of
+whose tokens are learned. Each cell is a process of its own. Memory is the highest resident size
+beyond the size before the first step, with the model loaded: gradients, moments, activations and,
+for GIFT, the frozen copy. TRL needs the `bench` extra.
+"""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from measuring import Clock, has_trl, machine, markdown, median, run_cells
+
+BARE, SFT, TRL = "bare PyTorch loop", "SFT", "TRL SFTTrainer"
+GIFT_CACHED, GIFT_ONLINE = "GIFT, cached reference", "GIFT, frozen copy"
+CELLS = [BARE, SFT, TRL, GIFT_CACHED, GIFT_ONLINE]
+LR = 1e-5
+
+
+def policy(options: argparse.Namespace) -> Any:
+    """The model: a pretrained one, or a small Llama with a real vocabulary."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from gift_lightning.models import causal_lm, embedded_path
+
+    torch.manual_seed(0)
+    if options.model:
+        return causal_lm(options.model)
+    config = LlamaConfig(
+        vocab_size=options.vocab,
+        hidden_size=options.width,
+        intermediate_size=4 * options.width,
+        num_hidden_layers=options.layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config).train()
+    model.config._name_or_path = model.name_or_path = embedded_path("gift:countdown")
+    return model
+
+
+def rows(options: argparse.Namespace, vocab: int) -> list[list[int]]:
+    """Random tokens for all steps; only their number matters."""
+    import torch
+
+    shape = (options.batch * (options.skip + options.steps), options.length)
+    drawn: list[list[int]] = torch.randint(
+        5, vocab, shape, generator=torch.Generator().manual_seed(1)
+    ).tolist()
+    return drawn
+
+
+def bare(options: argparse.Namespace) -> dict[str, float]:
+    import torch
+
+    model = policy(options)
+    data = torch.tensor(rows(options, model.config.vocab_size)).split(options.batch)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
+    clock = Clock(options.skip)
+    for ids in data:
+        model(input_ids=ids, labels=ids).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        clock.tick()
+    return clock.found()
+
+
+def ours(options: argparse.Namespace) -> dict[str, float]:
+    import lightning.pytorch as pl
+    from torch.optim import AdamW
+
+    import gift_lightning.sft as stage
+    from gift_lightning.cache import CachedTopK
+    from gift_lightning.data import SFTData
+    from gift_lightning.records import Record
+    from gift_lightning.references import FrozenCopy, Reference
+    from gift_lightning.targets import GIFT, OneHot
+
+    class Rows(SFTData):
+        def train_records(self) -> Iterator[Record]:
+            for i, ids in enumerate(rows(options, module.vocab_size)):
+                yield Record(f"row {i}", input_ids=ids)
+
+    class Tick(pl.Callback):
+        def on_train_batch_end(self, *args: Any) -> None:
+            clock.tick()
+
+    folder = tempfile.TemporaryDirectory()
+    reference: Reference | None = None
+    if options.cell == GIFT_CACHED:
+        reference = CachedTopK(str(Path(folder.name) / "cache"), k=64)
+    elif options.cell == GIFT_ONLINE:
+        reference = FrozenCopy()
+    module = stage.SFT(
+        policy(options),
+        OneHot() if reference is None else GIFT(beta=20.0),
+        reference=reference,
+        optimizer=lambda p: AdamW(p, lr=LR),
+    )
+    data = Rows(train=[], batch_size=options.batch, max_length=None)
+    data.prepare(module.tokenizer, module.vocab_size)
+    if isinstance(reference, CachedTopK):
+        reference.write(module.policy, module.tokenizer, data.sets)
+    trainer = pl.Trainer(
+        max_steps=options.skip + options.steps,
+        gradient_clip_val=1.0,
+        log_every_n_steps=10,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+        callbacks=[Tick()],
+    )
+    clock = Clock(options.skip)
+    trainer.fit(module, data)
+    folder.cleanup()
+    return clock.found()
+
+
+def trl(options: argparse.Namespace) -> dict[str, float]:
+    if not has_trl(TRL):
+        return {}
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    from gift_lightning.models import load_tokenizer
+
+    model = policy(options)
+    data = rows(options, model.config.vocab_size)
+
+    class Tick(TrainerCallback):
+        def on_step_end(self, *args: Any, **more: Any) -> None:
+            clock.tick()
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = SFTTrainer(
+            model,
+            SFTConfig(
+                folder,
+                per_device_train_batch_size=options.batch,
+                max_steps=options.skip + options.steps,
+                learning_rate=LR,
+                weight_decay=0.01,
+                lr_scheduler_type="constant",
+                max_grad_norm=1.0,
+                max_length=None,
+                gradient_checkpointing=False,
+                use_cpu=True,
+                bf16=False,
+                logging_steps=10,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                dataloader_pin_memory=False,
+                dataset_kwargs={"skip_prepare_dataset": True},
+            ),
+            train_dataset=Dataset.from_dict({"input_ids": data, "labels": data}),
+            processing_class=load_tokenizer(options.model or "gift:countdown"),
+            callbacks=[Tick()],
+        )
+        clock = Clock(options.skip)
+        trainer.train()
+    return clock.found()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="folder of a pretrained model; by default a small Llama")
+    parser.add_argument("--vocab", type=int, default=49_152, help="of the small Llama")
+    parser.add_argument("--width", type=int, default=256, help="likewise")
+    parser.add_argument("--layers", type=int, default=4, help="likewise")
+    parser.add_argument("--batch", type=int, default=8, help="rows of a step")
+    parser.add_argument("--length", type=int, default=256, help="tokens of a row")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--skip", type=int, default=2, help="steps before the clock starts")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--cell", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.cell:
+        import torch
+
+        torch.set_num_threads(options.threads)
+        run = {BARE: bare, TRL: trl}.get(options.cell, ours)
+        print(json.dumps(run(options)))
+        return
+    names = ("vocab", "width", "layers", "batch", "length", "steps", "skip")
+    flags = [f"--{name}={getattr(options, name)}" for name in names]
+    flags += [f"--model={options.model}"] if options.model else []
+    runs = run_cells(__file__, CELLS, flags, options.threads, options.repeats)
+    tokens = options.batch * options.length
+    seconds = {cell: median(found, "seconds") for cell, found in runs.items()}
+    mib = {cell: median(found, "mib") for cell, found in runs.items()}
+    model = options.model or (
+        f"a Llama of {options.layers} layers, width {options.width}, vocabulary {options.vocab:,}"
+    )
+    print(f"{options.batch} x {options.length} tokens, {model}.")
+    print(f"{machine(options.threads, options.repeats)}\n")
+    print(
+        markdown(
+            ("step", "seconds", "tokens/s", "peak MiB", "time to SFT's", "memory to SFT's"),
+            [
+                (
+                    cell,
+                    f"{seconds[cell]:.3f}",
+                    f"{tokens / seconds[cell]:,.0f}",
+                    f"{mib[cell]:,.0f}",
+                    f"{seconds[cell] / seconds[SFT]:.2f}",
+                    f"{mib[cell] / mib[SFT]:.2f}",
+                )
+                for cell in runs
+            ],
+        )
+    )
+    print("\nSFT against the others, tokens/s and memory:")
+    for other in (BARE, TRL):
+        if other in runs:
+            print(
+                f"- {other}: {seconds[other] / seconds[SFT]:.2f}x and {mib[SFT] / mib[other]:.2f}x"
+            )
+
+
+if __name__ == "__main__":
+    main()
