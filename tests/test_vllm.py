@@ -46,7 +46,8 @@ SAMPLING = Sampling(max_completion_length=16, end_ids=(TOKENIZER.eos_token_id,))
 
 
 def policy(kind, **sizes):
-    """A policy, with adapters that change what it says if it has any."""
+    """A policy, with adapters that change what it says if it has any; always the same."""
+    torch.manual_seed(0)
     model = tiny_llama(**{**SIZES, **sizes}, lora=Lora(r=4) if kind == "lora" else None)
     return moved(model, 0.05) if kind == "lora" else model
 
