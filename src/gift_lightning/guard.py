@@ -70,8 +70,9 @@ class StepGuard:
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """L2 norm of all gradients, [] on their device; sharded gradients are gathered."""
-    groups = [[p.grad for p in group] for group in _by_mesh(parameters)]
-    norms = [full(torch.nn.utils.get_total_norm(group)) for group in groups]
+    groups = _by_mesh(parameters)
+    gradients = [[p.grad for p in group if p.grad is not None] for group in groups]
+    norms = [full(torch.nn.utils.get_total_norm(group)) for group in gradients]
     return torch.stack(norms).norm() if len(norms) > 1 else [*norms, torch.zeros(())][0]
 
 

@@ -144,10 +144,8 @@ class OnPolicy(PolicyModule):
         experience = self.experience
         window, lengths = data.window(ticket, len(experience)), experience.lengths().numpy()
         self.window = torch.from_numpy(window)
-        part = torch.tensor(
-            data.part(ticket, window, lengths, self.replicas.number, self.replicas.index),
-            dtype=torch.int64,
-        )
+        world, rank = self.replicas.number, self.replicas.index
+        part = torch.tensor(data.part(ticket, window, lengths, world, rank), dtype=torch.int64)
         counted = experience.num_tokens(experience.counted)
         self.counts = int(counted[part].sum()), int(counted[window].sum())
         self.num_sequences = len(window)
@@ -159,9 +157,8 @@ class OnPolicy(PolicyModule):
 
     def _collected(self, ticket: Ticket) -> Experience:
         assert self._collector is not None, "setup comes first"
-        start, policy = time.perf_counter(), self.policy.whole()
-        collected = self._collector.collect(policy.model, self.data, ticket, self.replicas)
-        experience, metrics = collected
+        start, policy, replicas = time.perf_counter(), self.policy.whole(), self.replicas
+        experience, metrics = self._collector.collect(policy.model, self.data, ticket, replicas)
         self.revise(experience)
         metrics["rollout_time"] = (time.perf_counter() - start, 1)
         self._fresh_tokens = int(experience.lengths().sum())
