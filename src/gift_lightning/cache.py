@@ -19,7 +19,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -281,14 +281,24 @@ class CachedRows:
     tail: Float[Tensor, " n"]
 
     def logits(self, rows: slice, out: Tensor | None = None) -> Float[Tensor, "c v"]:
+        """Log-probabilities."""
+        return self._dense(rows, out, lambda logp: logp)
+
+    def probabilities(self, rows: slice, out: Tensor | None = None) -> Float[Tensor, "c v"]:
+        return self._dense(rows, out, torch.exp)
+
+    def _dense(
+        self, rows: slice, out: Tensor | None, what: Callable[[Tensor], Tensor]
+    ) -> Float[Tensor, "c v"]:
+        """What is made of the log-probabilities, before it is spread over the classes."""
         labels, ids = self.labels[rows, None], self.ids[rows].long()
         if out is None:
             out = self.logp.new_empty(len(ids), self.vocab_size)
         kept = ids.shape[1] + (ids != labels).all(-1).to(self.tail.dtype)
         others = (self.vocab_size - kept).clamp_min(1)
-        out.copy_((self.tail[rows] - others.log())[:, None].expand_as(out))
-        out.scatter_(-1, ids, self.logp[rows].to(out.dtype))
-        return out.scatter_(-1, labels, self.logp_y[rows, None].to(out.dtype))
+        out.copy_(what(self.tail[rows] - others.log())[:, None].expand_as(out))
+        out.scatter_(-1, ids, what(self.logp[rows]).to(out.dtype))
+        return out.scatter_(-1, labels, what(self.logp_y[rows, None]).to(out.dtype))
 
 
 # --- the folder -----------------------------------------------------------------------------

@@ -21,6 +21,7 @@ class Distribution:
         labels: [n] the demonstrated token of each row.
         logp_y: [n] log-probability of the label, where it is known without the row.
         buffer: [n, v] memory that the probabilities may be written to.
+        p: makes the probabilities, where that takes no softmax.
     """
 
     def __init__(
@@ -29,9 +30,11 @@ class Distribution:
         labels: Int[Tensor, " n"],
         logp_y: Float[Tensor, " n"] | None = None,
         buffer: Float[Tensor, "n v"] | None = None,
+        p: Callable[[], Tensor] | None = None,
     ) -> None:
         self._logits = logits
         self._buffer = buffer
+        self._p = p
         self.labels = labels
         if logp_y is not None:
             self.__dict__["logp_y"] = logp_y  # a cached_property that is already there
@@ -56,6 +59,8 @@ class Distribution:
 
     @cached_property
     def p(self) -> Float[Tensor, "n v"]:
+        if self._p is not None:
+            return self._p()
         if self._buffer is None:
             return self.logits.softmax(-1)
         return torch.softmax(self.logits, -1, out=self._buffer)

@@ -81,6 +81,14 @@ class ReferenceRows(Protocol):
         """Unnormalised log-probabilities of some tokens; may be written to `out`."""
 
 
+@runtime_checkable
+class KnownRows(ReferenceRows, Protocol):
+    """Rows whose probabilities are known: three passes over [n, v] less than by their logits."""
+
+    def probabilities(self, rows: slice, out: Tensor | None = None) -> Float[Tensor, "c v"]:
+        """Of some tokens; may be written to `out`."""
+
+
 @dataclass(frozen=True)
 class ProjectedRows:
     """A reference given by its hidden states [n, d'] at the supervised tokens, and its head."""
@@ -315,11 +323,17 @@ def _reference(
         z = reference.logits(rows, buffers.get("reference_logits", count))
         return z if absent is None else z.masked_fill_(absent, -math.inf)
 
+    def probabilities() -> Tensor:
+        assert isinstance(reference, KnownRows)
+        return reference.probabilities(rows, buffers.get("reference_p", count))
+
+    are_known = isinstance(reference, KnownRows) and absent is None
     return Distribution(
         logits,
         job.labels[rows],
         None if known is None else known[rows],
-        buffers.get("reference_p", count),
+        None if are_known else buffers.get("reference_p", count),
+        probabilities if are_known else None,
     )
 
 
