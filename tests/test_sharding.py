@@ -266,8 +266,10 @@ def test_what_tensor_parallelism_cannot_split() -> None:
     adapted = Policy(tiny_llama(hidden_size=8, num_layers=1, num_heads=2, lora=Lora(r=2)))
     with pytest.raises(ValueError, match="tensor_parallel_size=2 does not split adapters"):
         tensor_plan(adapted, 2)
+    sizes = {"hidden_size": 8, "word_embed_proj_dim": 8, "ffn_dim": 16, "num_attention_heads": 2}
+    opt = OPTConfig(vocab_size=64, num_hidden_layers=1, **sizes)
     with pytest.raises(ValueError, match="does not split OPTForCausalLM"):
-        tensor_plan(Policy(OPTForCausalLM(OPTConfig(64, 8, 1, 16, num_attention_heads=2))), 2)
+        tensor_plan(Policy(OPTForCausalLM(opt)), 2)
 
 
 def test_a_checkpoint_of_another_model_is_refused() -> None:
