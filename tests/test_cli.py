@@ -282,10 +282,10 @@ def test_the_exported_folder_is_the_trained_model(here, monkeypatch, lora):
     ids, seen = torch.arange(3, 12)[None], {}
     export = PolicyModule.export
 
-    def spy(self, folder):
+    def spy(self, folder, *more):
         with torch.no_grad():
             seen["logits"] = self.model.eval()(input_ids=ids).logits
-        export(self, folder)
+        export(self, folder, *more)
 
     monkeypatch.setattr(PolicyModule, "export", spy)
     fit(*lora, "--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "5")

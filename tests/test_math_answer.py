@@ -395,8 +395,8 @@ def test_answer_is_what_votes_count(reward):
 )
 def test_reading_takes_linear_time(reward, text):
     """Votes are counted in the main process, which nothing guards."""
-    start = time.perf_counter()
+    start = time.process_time()
     reward.answer(text)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
     reward.score(text, answer="18")
-    assert time.perf_counter() - start < 4
+    assert time.process_time() - start < 4

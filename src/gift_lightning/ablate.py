@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from gift_lightning.cli import GiftCLI
+from gift_lightning.cli import fit_parser
 from gift_lightning.errors import CommandParser
 from gift_lightning.experiment import Experiment, Run
 from gift_lightning.experiment_file import read_experiment
@@ -53,7 +53,7 @@ def parse_all(runs: Iterable[Run], path: str) -> None:
     Raises:
         ValueError: in one sentence, of the first that does not parse.
     """
-    seen = set()
+    parser, seen = fit_parser(), set()
     for run in runs:
         if (run.arm, run.name) in seen:
             continue
@@ -61,26 +61,11 @@ def parse_all(runs: Iterable[Run], path: str) -> None:
         said = io.StringIO()
         try:
             with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-                _ParseOnly(run.words(run.stage.config))
-        except _ParsedError:
-            continue
+                parser.parse_args(run.words(run.stage.config))
         except SystemExit:
             why = said.getvalue().strip().rpartition("gift: error: ")[2]
             arm = f" of arm {run.arm}" if run.arm else ""
             raise ValueError(f"{path}: stage {run.name}{arm}: {why}") from None
-        raise AssertionError("parsed without an end")
-
-
-class _ParsedError(Exception):
-    pass
-
-
-class _ParseOnly(GiftCLI):
-    def _set_seed(self) -> None:
-        pass
-
-    def before_instantiate_classes(self) -> None:
-        raise _ParsedError
 
 
 def refuse_changed(runs: Iterable[Run]) -> None:

@@ -250,6 +250,25 @@ class GiftCLI(LightningCLI):
             raise ValueError(f"trainer cannot be set up here: {reason}") from error
 
 
+class _BuiltError(Exception):
+    pass
+
+
+class _Unparsed(GiftCLI):
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        raise _BuiltError(parser)
+
+
+def fit_parser() -> LightningArgumentParser:
+    """What parses the words of `gift fit`, as often as is wanted."""
+    try:
+        _Unparsed([])
+    except _BuiltError as built:
+        parser: LightningArgumentParser = built.args[0]
+        return parser
+    raise AssertionError("parsed without a parser")
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Runs a command of `gift`.
 

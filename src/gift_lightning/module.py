@@ -353,7 +353,7 @@ class PolicyModule(pl.LightningModule):
         checkpoint["end_ids"] = self.end_ids  # for an export without the data
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        data = getattr(self.trainer, "datamodule", None)
+        data = getattr(self._trainer, "datamodule", None)
         if isinstance(data, PositionedData):
             data.resplit(checkpoint)
         self.guard.load_state_dict(checkpoint["step_guard"])

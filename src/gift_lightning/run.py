@@ -78,13 +78,13 @@ class Report(Callback):
         self.before: dict[str, float] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert isinstance(pl_module, PolicyModule)
         if trainer.is_global_zero:
             self._rejected(trainer)
+            model: Any = pl_module.model
             trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
-            total = base_model(pl_module.model).num_parameters()  # of 4 bits too
+            total = base_model(model).num_parameters()  # of 4 bits too
             Console().print(
-                f"{pl_module.about}: "
+                f"{getattr(pl_module, 'about', type(pl_module).__name__)}: "
                 f"{trained:,} of {total:,} parameters, "
                 f"{int(trainer.estimated_stepping_batches)} steps"
             )
