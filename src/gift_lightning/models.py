@@ -147,11 +147,11 @@ def causal_lm(
             f"model.pretrained={pretrained!r} cannot be loaded: give a folder with config.json and "
             f"safetensors, a hub id, or gift:countdown ({first})"
         ) from error
-    model.gguf_file = gguf_file  # type: ignore[assignment]
+    model.gguf_file = gguf_file
     if gguf_file is not None:  # plain tensors by now, which transformers would refuse to save
-        model.hf_quantizer, model.is_quantized = None, False  # type: ignore[assignment]
+        model.hf_quantizer, model.is_quantized = None, False
         vars(model.config).pop("quantization_config", None)
-    model.can_be_loaded_again = gguf_file is None and not adapters  # type: ignore[assignment]
+    model.can_be_loaded_again = gguf_file is None and not adapters
     keep_layout(model)
     if adapters:
         if _reads_weights.get():
