@@ -3,7 +3,7 @@
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,15 @@ def smollm2() -> Path:
     if not (Path(folder) / name).is_file():
         pytest.skip(f"no real model: GIFT_SMOLLM2={folder} does not hold {name}")
     return Path(folder)
+
+
+@pytest.fixture(autouse=True)
+def _own_environment() -> Iterator[None]:
+    """A run in several processes leaves its port in the environment, which the next would take."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 def _is_here(family: int, address: object) -> bool:

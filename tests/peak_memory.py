@@ -44,8 +44,8 @@ def measured(words: list[str]) -> int:
 
 if __name__ == "__main__":
     ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 65536)
-    small, *cases = json.loads(Path(sys.argv[1]).read_text())
+    warm, *cases = json.loads(Path(sys.argv[1]).read_text())
     out = os.dup(1)
     os.dup2(2, 1)
-    main(small)
+    main(warm)
     print(json.dumps([measured(words) for words in cases]), file=os.fdopen(out, "w"))

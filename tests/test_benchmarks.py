@@ -48,7 +48,9 @@ def table(repository: Path, monkeypatch, capsys):
 
 def script(repository: Path, name: str, *flags: str) -> str:
     command = [sys.executable, str(repository / "benchmarks" / name), "--threads=1", *flags]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert not done.returncode, done.stderr[-4000:]
+    return done.stdout
 
 
 def test_head(repository: Path) -> None:
