@@ -36,7 +36,7 @@ def ours(options: argparse.Namespace) -> dict[str, float]:
         optimizer=lambda p: AdamW(p, lr=LR, weight_decay=0.0),
     )
     problems = CountdownProblems("train", "drawn", options.prompts * steps)
-    data = PromptData(problems, options.prompts, options.samples)
+    data = PromptData(problems, options.prompts, options.samples, share_prompts=True)
 
     class Tick(pl.Callback):
         def on_train_batch_end(self, *args: Any) -> None:

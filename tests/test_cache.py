@@ -12,10 +12,12 @@ from gift_lightning import cache, functional, identity, targets
 from gift_lightning.cache import CachedTopK
 from gift_lightning.collate import collate
 from gift_lightning.distribution import Distribution
+from gift_lightning.loss import evaluate
 from gift_lightning.models import Lora
 from gift_lightning.order import MicroBatch
 from gift_lightning.policy import Policy, supervised_labels
 from gift_lightning.references import FrozenCopy, Probe
+from gift_lightning.target import Tokens
 
 V = 23
 # What transformers and peft say about models of this size.
@@ -110,6 +112,38 @@ def test_by_hand(label, expected, dtype):
         found = rows.logits(slice(0, 1), out)
         assert out is None or found.data_ptr() == out.data_ptr()
         torch.testing.assert_close(found.exp(), torch.tensor([expected], dtype=dtype))
+
+
+TILTED = [
+    targets.GIFT(beta=2.0),
+    targets.GIFT(beta=2.0, smoothing=0.1, floor=1e-3),
+    targets.GIFTExact(beta=3.0),
+]
+
+
+@pytest.mark.parametrize("target", TILTED, ids=repr)
+def test_a_truncated_reference_is_never_spread(target):
+    """Its few numbers give what the whole rows give."""
+    torch.manual_seed(0)
+    n, v, k = 40, 30, 4
+    z, y = torch.randn(n, v, dtype=torch.float64), torch.randint(v, (n,))
+    kept = cache._truncate(Distribution(3 * torch.randn(n, v, dtype=torch.float64), y), k)
+    listed = (kept[1] == y[:, None]).any(-1)
+    assert listed.any() and not listed.all()
+    rows = cache.CachedRows(y, v, *kept)
+    whole = Distribution(rows.logits(slice(0, n)), y)
+
+    def buffer():
+        raise AssertionError("the rows were made dense")
+
+    few = Distribution(buffer, y, whole.logp_y, buffer, rows.peaks(slice(0, n), torch.float64))
+    ahead = whole.logp_y.flip(0).cumsum(0).flip(0) if target.ahead_reads else None
+    wanted = evaluate(target, Tokens(z, y, reference=whole, ahead=ahead))
+    found = evaluate(target, Tokens(z, y, reference=few, ahead=ahead))
+    for name in ("value", "gradient", "label_mass", "nll"):
+        torch.testing.assert_close(
+            getattr(found, name), getattr(wanted, name), atol=1e-12, rtol=1e-12
+        )
 
 
 def test_all_classes_kept_leaves_no_tail(tmp_path):

@@ -4,6 +4,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from gift_lightning.collate import collate, pack
 from gift_lightning.order import MicroBatch
+from gift_lightning.policy import Policy, supervised_sequences
 
 
 def example(*ids, prompt=1):
@@ -94,3 +95,72 @@ def test_packed_logits_equal_separate_ones(name):
             together = packed[batch["sequence_ids"] == s]
             torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
             assert alone.abs().max() > 0.1
+
+
+# --- shared prompts -------------------------------------------------------------------------
+
+
+def test_shared_prompts_by_hand():
+    three = [
+        example(1, 2, 3, prompt=2),
+        example(9, 8, 7, 6, prompt=3),
+        example(1, 2, 4, 5, prompt=2),
+    ]
+    batch = collate(three, MicroBatch((40, 41, 42), 4, 3), pad_id=0, prompts=[2, 3, 2])
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 2, 4, 5], [9, 8, 7, 6, 0, 0]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 1, 2, 3], [0, 1, 2, 3, 0, 1]]
+    assert batch["labels"].tolist() == [
+        [-100, -100, 3, -100, 4, 5],
+        [-100, -100, -100, 6] + 2 * [-100],
+    ]
+    assert batch["sequence_ids"].tolist() == [[-1, 0, 0, 1, 1, 1], [2, 2, 2, 2, -1, -1]]
+    assert batch["sample_ids"].tolist() == [40, 42, 41]
+    reads = [[0], [0, 1], [0, 1, 2], [0, 3], [0, 3, 4], [0, 3, 4, 5]]
+    mask = batch["attention_mask"]
+    assert [row.nonzero()[:, 0].tolist() for row in mask[0, 0]] == reads
+    reads = [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [4], [4, 5]]
+    assert [row.nonzero()[:, 0].tolist() for row in mask[1, 0]] == reads
+
+
+def test_prompts_are_shared_within_bounds():
+    same = [example(*[5] * 10, 6, i, prompt=10) for i in range(20)]
+    batch = collate(same, MicroBatch(tuple(range(20)), 40, 20), 0, prompts=[10] * 20)
+    # 9 tokens and 3 for each; 4 rows of the longest sample are 48, so the eight decide.
+    assert batch["input_ids"].shape == (3, 9 + 8 * 3)
+    same = [example(5, 5, *range(10), prompt=2) for _ in range(8)]
+    batch = collate(same, MicroBatch(tuple(range(8)), 80, 8), 0, prompts=[2] * 8)
+    assert batch["input_ids"].shape == (2, 1 + 4 * 11)  # at most 48
+    alone = [example(1, 2, prompt=1), example(3, 2, prompt=1)]
+    assert collate(alone, MicroBatch((0, 1), 2, 2), 0, prompts=[1, 1])["attention_mask"] is None
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("packing", [True, False])
+def test_shared_prompts_give_the_same_gradient(name, packing):
+    torch.manual_seed(0)
+    model = tiny_models()[name].double().train()
+    model.config.attn_pdrop = 0.0
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    policy = Policy(model.eval())
+    samples, prompts = [], []
+    for length, completions in ((6, (3, 1, 8)), (1, (2, 5)), (9, (4,)), (3, (2, 2, 7, 1, 3))):
+        prompt = torch.randint(0, 64, (length,)).tolist()
+        for n in completions:
+            samples.append(example(*prompt, *torch.randint(0, 64, (n,)).tolist(), prompt=length))
+            prompts.append(length)
+    whole = MicroBatch(tuple(range(len(samples))), 38, len(samples))
+    found = []
+    for given in (None, prompts):
+        batch = collate(samples, whole, 0, packing, given)
+        assert (given is None) == (batch["attention_mask"] is None)
+        logp, entropy = policy.token_logp(batch)
+        order = batch["sample_ids"][supervised_sequences(batch)].argsort(stable=True)
+        weight = torch.arange(1.0, len(logp) + 1)  # no two tokens may be mistaken for each other
+        policy.zero_grad()
+        (logp[order] * weight + entropy[order]).sum().backward()
+        found.append([logp[order].detach(), *(p.grad for p in policy.parameters())])
+    assert len(found[0][0]) == 38
+    close = 1e-9 if name == "gpt2" else 2e-5  # Llama's norms are in float32 always
+    for x, y in zip(*found, strict=True):
+        torch.testing.assert_close(x, y, atol=close, rtol=close)

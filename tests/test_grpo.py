@@ -97,6 +97,22 @@ def test_any_split_of_a_step_gives_the_same_gradient(loss):
         torch.testing.assert_close(other, found[0], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("loss", ["dapo", "gspo"])
+def test_shared_prompts_change_nothing_but_the_time(loss):
+    """Over two rollouts of two steps, with scored old log-probabilities and a reference."""
+    found, start = [], weights(grpo())
+    for share in (False, True):
+        module = grpo(reference=FrozenCopy(), loss=loss, kl_weight=0.1)
+        rows = []
+        original = module._transferred
+        module._transferred = lambda *x, to=original, rows=rows: rows.append(to(*x)) or rows[-1]
+        fit(module, data(batch_size=8, num_iterations=2, share_prompts=share), steps=8)
+        assert any(x["attention_mask"] is not None for x in rows) == share
+        found.append(weights(module) - start)
+    assert found[0].abs().max() > 1e-3
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "options", [{"loss": "dapo", "kl_weight": 0.1}, {"loss": "gspo", "reward": "Rare"}], ids=str
 )

@@ -109,7 +109,6 @@ def planned(words: list[str]):
 @pytest.fixture(scope="module")
 def measured(folder: Path) -> dict[str, int]:
     """Bytes at the peak of a real run of each case."""
-    # Libraries keep work space by the machine and the shapes: 30 to 70 MB that no plan can know.
     commands = [written(folder, "warm", CASES["GIFT with AdapterOff"](folder))]
     commands += [written(folder, name, case(folder)) for name, case in CASES.items()]
     (folder / "cases.json").write_text(json.dumps(commands))

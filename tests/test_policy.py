@@ -21,6 +21,8 @@ from transformers import (
     OPTForCausalLM,
     PhiConfig,
     PhiForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     RecurrentGemmaConfig,
     RecurrentGemmaForCausalLM,
 )
@@ -417,3 +419,31 @@ def test_checkpointing_with_dropout_repeats_its_random_numbers():
             of(b, targets.OneHot())[0].mean().backward()
         found.append(gradients(of))
     compare(found[0], found[1], 1e-7)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"attn_implementation": "eager"}, "full_attention by eager"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention by sdpa"),
+    ],
+)
+def test_attention_that_takes_no_mask_of_its_own_shares_no_prompts(change, said):
+    kind = {"attn_implementation": "sdpa", "sliding_window": 3, "use_sliding_window": True}
+    made = Policy(Qwen2ForCausalLM(Qwen2Config(**SIZES, **(kind | change))))
+    made.verify(packing=True)
+    with pytest.raises(ValueError, match=said + r".*set data\.share_prompts: false"):
+        made.verify(packing=True, share_prompts=True)
+
+
+def test_a_model_that_ignores_the_mask_of_shared_prompts_is_refused(monkeypatch):
+    made = Policy(LlamaForCausalLM(LlamaConfig(**SIZES, attn_implementation="sdpa")))
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    made.verify(packing=True, share_prompts=True)
+    forward = made.base.base_model.forward
+    monkeypatch.setattr(
+        made.base.base_model, "forward", lambda **x: forward(**(x | {"attention_mask": None}))
+    )
+    with pytest.raises(ValueError, match="does not keep completions apart that share a prompt"):
+        made.verify(packing=True, share_prompts=True)

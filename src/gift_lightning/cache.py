@@ -19,7 +19,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -27,7 +27,7 @@ from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.utilities import rank_zero_only
 from peft import PeftModel
@@ -39,7 +39,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gift_lightning import identity
 from gift_lightning.collate import Batch, collate
-from gift_lightning.distribution import Distribution
+from gift_lightning.distribution import Distribution, Peaks
 from gift_lightning.head import ReferenceRows
 from gift_lightning.matmul import chunks, default_chunk
 from gift_lightning.modes import adapter_off, scoring
@@ -271,7 +271,7 @@ def _truncate(d: Distribution, k: int) -> _Values:
 
 @dataclass(frozen=True)
 class CachedRows:
-    """Truncated distributions of n tokens, made dense on demand."""
+    """Truncated distributions of n tokens."""
 
     labels: Int[Tensor, " n"]
     vocab_size: int
@@ -280,25 +280,28 @@ class CachedRows:
     logp: Float[Tensor, "n k"]
     tail: Float[Tensor, " n"]
 
+    def peaks(self, rows: slice, dtype: torch.dtype) -> Peaks:
+        labels, ids = self.labels[rows, None], self.ids[rows].long()
+        listed = (ids == labels).any(-1, keepdim=True)
+        even = self._even(rows, listed).to(dtype).exp()
+        above = self.logp[rows].to(dtype).exp() - even
+        of_label = (self.logp_y[rows, None].to(dtype).exp() - even).masked_fill(listed, 0.0)
+        ids, above = torch.cat([ids, labels], 1), torch.cat([above, of_label], 1)
+        return Peaks(even, ids, above, self.vocab_size)
+
     def logits(self, rows: slice, out: Tensor | None = None) -> Float[Tensor, "c v"]:
         """Log-probabilities."""
-        return self._dense(rows, out, lambda logp: logp)
-
-    def probabilities(self, rows: slice, out: Tensor | None = None) -> Float[Tensor, "c v"]:
-        return self._dense(rows, out, torch.exp)
-
-    def _dense(
-        self, rows: slice, out: Tensor | None, what: Callable[[Tensor], Tensor]
-    ) -> Float[Tensor, "c v"]:
-        """What is made of the log-probabilities, before it is spread over the classes."""
         labels, ids = self.labels[rows, None], self.ids[rows].long()
         if out is None:
             out = self.logp.new_empty(len(ids), self.vocab_size)
-        kept = ids.shape[1] + (ids != labels).all(-1).to(self.tail.dtype)
-        others = (self.vocab_size - kept).clamp_min(1)
-        out.copy_(what(self.tail[rows] - others.log())[:, None].expand_as(out))
-        out.scatter_(-1, ids, what(self.logp[rows]).to(out.dtype))
-        return out.scatter_(-1, labels, what(self.logp_y[rows, None]).to(out.dtype))
+        out.copy_(self._even(rows, (ids == labels).any(-1, keepdim=True)).expand_as(out))
+        out.scatter_(-1, ids, self.logp[rows].to(out.dtype))
+        return out.scatter_(-1, labels, self.logp_y[rows, None].to(out.dtype))
+
+    def _even(self, rows: slice, listed: Bool[Tensor, "c 1"]) -> Float[Tensor, "c 1"]:
+        """The log-probability of each class that is neither kept nor the label."""
+        others = self.vocab_size - self.ids.shape[1] - (~listed).to(self.tail.dtype)
+        return self.tail[rows, None] - others.clamp_min(1).log()
 
 
 # --- the folder -----------------------------------------------------------------------------

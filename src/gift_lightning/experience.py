@@ -59,7 +59,9 @@ class Experience:
         """Sampled tokens of each completion of some, 0 for the others."""
         return torch.where(which, self.completion_lengths, 0)
 
-    def batch(self, part: MicroBatch, pad_id: int, packing: bool) -> Batch:
+    def batch(
+        self, part: MicroBatch, pad_id: int, packing: bool, share_prompts: bool = False
+    ) -> Batch:
         """The micro-batch of some completions, of which every sampled token is supervised."""
         prompts, completions = _split(self.prompt_ids, self.prompt_lengths), self.completions()
         examples = []
@@ -68,7 +70,8 @@ class Experience:
             labels = ids.clone()
             labels[: len(prompts[i])] = IGNORED
             examples.append((ids, labels))
-        return collate(examples, part, pad_id, packing)
+        lengths = [len(prompts[i]) for i in part.sample_ids]
+        return collate(examples, part, pad_id, packing, lengths if share_prompts else None)
 
     def completions(self) -> Sequence[Tensor]:
         return _split(self.completion_ids, self.completion_lengths)

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
@@ -46,6 +46,7 @@ class Footprint:
             self.module, data = build()
         self.sizes = sizes(self.module, data, setting)
         self.packing = bool(getattr(data, "packing", False))
+        self.share_prompts = bool(getattr(data, "share_prompts", False))
         trainer = pl.Trainer(
             accelerator="cpu",
             devices=1,
@@ -71,7 +72,8 @@ class Footprint:
 
     @contextmanager
     def _inside(self) -> Iterator[None]:
-        with warnings.catch_warnings(), without_weights(), self.ledger, AsAccelerator():
+        way = AsAccelerator() if self.setting.accelerator else nullcontext()
+        with warnings.catch_warnings(), without_weights(), self.ledger, way:
             warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
             yield
 
@@ -151,7 +153,7 @@ class Footprint:
             experience = rollout(sizes)
             part = MicroBatch(tuple(range(len(experience))), sizes.completions, sizes.completions)
             module.experience = experience
-            module.batch = experience.batch(part, 0, self.packing)
+            module.batch = experience.batch(part, 0, self.packing, self.share_prompts)
             tokens = int(experience.completion_lengths.sum())
             module.counts, module.num_sequences = (tokens, tokens), len(experience)
             module.window = torch.arange(len(experience))

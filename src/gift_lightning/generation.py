@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
+from gift_lightning.kvcache import keep, roomy_cache
 from gift_lightning.models import base_model
 from gift_lightning.modes import sampling
 from gift_lightning.seeds import keyed_seed
@@ -131,7 +132,7 @@ def _decode(
     # No mask at all where nothing is padded: attention is faster without.
     mask = torch.arange(longest, device=device) >= longest - lengths[:, None]
     padded = not bool(mask.all())
-    cache = DynamicCache(config=model.config)
+    cache = roomy_cache(model.config)
     takes = inspect.signature(base_model(model).forward).parameters
     kept_in = {
         "cache" if "cache" in takes else "past_key_values": cache
@@ -144,7 +145,7 @@ def _decode(
         logits_to_keep=1,
         **kept_in,
     ).logits[prompt_of, -1]
-    cache.batch_select_indices(prompt_of)
+    cache.reorder_cache(prompt_of)  # type: ignore[arg-type]
     mask, positions = mask[prompt_of], lengths[prompt_of]
 
     ends = torch.tensor(sorted(eos_ids), device=device)
@@ -160,9 +161,8 @@ def _decode(
         if step == steps - 1 or not going.any():
             break
         if not going.all():
-            kept = going.nonzero()[:, 0]
+            kept = keep(cache, going)
             rows, drawn, mask, positions = rows[kept], drawn[kept], mask[kept], positions[kept]
-            cache.batch_select_indices(kept)
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
         logits = model(
             input_ids=drawn[:, None],

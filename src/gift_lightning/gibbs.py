@@ -2,12 +2,12 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
 
-from gift_lightning.distribution import Scalar
+from gift_lightning.distribution import Peaks, Scalar
 from gift_lightning.target import LabelView, Target, Tokens, require, require_number
 
 
@@ -49,7 +49,7 @@ class GIFT(Target):
         if self.trust is not None:
             require(0 < self.trust < 1, f"GIFT: trust is a mean label mass, not {self.trust}.")
 
-    def _prior(self, p: Tensor, num_classes: Scalar) -> Tensor:
+    def _prior(self, p: Any, num_classes: Scalar) -> Any:  # a tensor, or Peaks
         """(1 − λ)·p + λ/V + floor, renormalised: the official code's tilt starts from here."""
         if not (self.smoothing or self.floor):
             return p
@@ -66,8 +66,8 @@ class GIFT(Target):
         x = logp_y + _log_expm1(self.beta)
         return x.sigmoid(), (-x).sigmoid()
 
-    def residual(self, t: Tokens) -> Tensor | None:
-        return self._prior(t.base.p, t.num_classes)
+    def residual(self, t: Tokens) -> Tensor | Peaks | None:
+        return self._prior(t.base.mass, t.num_classes)
 
     @property
     def is_resolved(self) -> bool:
@@ -141,5 +141,5 @@ class GIFTExact(Target):
         x = t.ahead + _log_expm1(self.beta)
         return x.sigmoid(), (-x).sigmoid()
 
-    def residual(self, t: Tokens) -> Tensor | None:
-        return t.base.p
+    def residual(self, t: Tokens) -> Tensor | Peaks | None:
+        return t.base.mass

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from gift_lightning.distribution import Distribution
+from gift_lightning.distribution import Distribution, Peaks
 from gift_lightning.functional import IGNORED, check_lengths
 from gift_lightning.loss import Evaluation, evaluate
 from gift_lightning.matmul import (
@@ -83,10 +83,10 @@ class ReferenceRows(Protocol):
 
 @runtime_checkable
 class KnownRows(ReferenceRows, Protocol):
-    """Rows whose probabilities are known: three passes over [n, v] less than by their logits."""
+    """Rows whose probabilities are known by few numbers, which need not be spread over [n, v]."""
 
-    def probabilities(self, rows: slice, out: Tensor | None = None) -> Float[Tensor, "c v"]:
-        """Of some tokens; may be written to `out`."""
+    def peaks(self, rows: slice, dtype: torch.dtype) -> Peaks:
+        """The probabilities of some tokens."""
 
 
 @dataclass(frozen=True)
@@ -261,7 +261,9 @@ class _Buffers:
     """Memory for the logits and probabilities of one chunk, used again by the next."""
 
     def __init__(self, hidden: Tensor, num_classes: int, chunk: int) -> None:
-        self._new = lambda: hidden.new_empty((chunk, num_classes), dtype=math_dtype(hidden))
+        self.dtype = dtype = math_dtype(hidden)
+        # Not self.dtype: in a cycle with itself the memory would wait for the garbage collector.
+        self._new = lambda: hidden.new_empty((chunk, num_classes), dtype=dtype)
         self._tensors: dict[str, Tensor] = {}
 
     def get(self, name: str, num_rows: int) -> Tensor:
@@ -294,6 +296,7 @@ def _run(hidden: Tensor, job: _Job, needs: tuple[bool, bool, bool]) -> _Pass:
             old_logp=None if job.old_logp is None else job.old_logp[rows].to(wide),
             ahead=None if ahead is None else ahead[rows],
             buffer=buffers.get("p", len(y)),
+            complete=head.absent is None,
         )
         result = evaluate(job.target, t, gradient=any(needs), diagnose=job.diagnose)
         for name, kept in out.stats.items():
@@ -323,17 +326,14 @@ def _reference(
         z = reference.logits(rows, buffers.get("reference_logits", count))
         return z if absent is None else z.masked_fill_(absent, -math.inf)
 
-    def probabilities() -> Tensor:
-        assert isinstance(reference, KnownRows)
-        return reference.probabilities(rows, buffers.get("reference_p", count))
-
-    are_known = isinstance(reference, KnownRows) and absent is None
     return Distribution(
         logits,
         job.labels[rows],
         None if known is None else known[rows],
-        None if are_known else buffers.get("reference_p", count),
-        probabilities if are_known else None,
+        lambda: buffers.get("reference_p", count),
+        reference.peaks(rows, buffers.dtype)
+        if isinstance(reference, KnownRows) and absent is None
+        else None,
     )
 
 

@@ -76,6 +76,10 @@ class HybridData(PositionedData):
         return self.prompts.packing or self.demonstrations.packing
 
     @property
+    def share_prompts(self) -> bool:
+        return self.prompts.share_prompts
+
+    @property
     def ledger(self) -> dict[str, Ledger]:
         return {"prompts": self.prompts.ledger["train"], **self.demonstrations.ledger}
 

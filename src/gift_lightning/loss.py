@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gift_lightning.distribution import Distribution, Scalar
+from gift_lightning.distribution import Distribution, Peaks, Scalar
 from gift_lightning.target import Target, Tokens
 
 
@@ -56,7 +56,7 @@ def evaluate(
     declared_scale = target.scale(t)
     scale = _per_token(declared_scale, t)
     residual = target.residual(t)
-    if residual is not None:
+    if isinstance(residual, Tensor):
         residual = residual.expand(len(t.labels), -1)
     second = target.second_term(t)
     temperature = target.temperature_of_softmax
@@ -92,7 +92,11 @@ def evaluate(
 
 
 def _gradient(
-    s: Distribution, gamma: Tensor, rest: Tensor, scale: Tensor | None, residual: Tensor | None
+    s: Distribution,
+    gamma: Tensor,
+    rest: Tensor,
+    scale: Tensor | None,
+    residual: Tensor | Peaks | None,
 ) -> Tensor:
     """scale · (p − γ·δ − (1 − γ)·π̃), written over s.p."""
     g = s.p
@@ -100,16 +104,23 @@ def _gradient(
     if residual is None:  # π̃ = p: only γ·(p − δ) is left
         g.mul_(label[:, None])
     else:
-        if residual.is_set_to(g):  # the student itself, given as a residual
-            residual = residual.clone()
-        g.addcmul_(residual, -rest[:, None])
+        if isinstance(residual, Peaks):
+            (residual * -rest[:, None]).add_to(g)
+        else:
+            if residual.is_set_to(g):  # the student itself, given as a residual
+                residual = residual.clone()
+            g.addcmul_(residual, -rest[:, None])
         if scale is not None:
             g.mul_(scale[:, None])
     return g.scatter_add_(-1, s.labels[:, None], -label[:, None])
 
 
 def _kl_target(
-    s: Distribution, gamma: Tensor, rest: Tensor, residual: Tensor | None, residual_y: Tensor
+    s: Distribution,
+    gamma: Tensor,
+    rest: Tensor,
+    residual: Tensor | Peaks | None,
+    residual_y: Tensor,
 ) -> Tensor:
     """KL(Q‖p) of the declared Q; NaN where γ > 1 puts Q off the simplex."""
     if residual is None:  # off the label Q is (1 − γ)·p, so its log-ratio is constant there
@@ -119,6 +130,8 @@ def _kl_target(
             - q_y * s.logp_y
             + torch.special.xlogy(rest * (1 - s.p_y).clamp_min(0), rest)
         )
+    if isinstance(residual, Peaks):
+        residual = residual.dense()
     q = rest[:, None] * residual.expand_as(s.logits)
     q = q.scatter_add(-1, s.labels[:, None], gamma[:, None])
     if s.absent is not None:
@@ -145,5 +158,7 @@ def _per_token(x: Scalar, t: Tokens) -> Tensor:
     return x.to(t.logits.dtype)
 
 
-def _at_label(rows: Tensor, t: Tokens) -> Tensor:
+def _at_label(rows: Tensor | Peaks, t: Tokens) -> Tensor:
+    if isinstance(rows, Peaks):
+        return rows.at(t.labels)
     return rows[:, 0].expand(len(t.labels)) if rows.shape[-1] == 1 else t.at_label(rows)

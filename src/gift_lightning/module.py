@@ -101,11 +101,11 @@ class PolicyModule(pl.LightningModule):
                 "load_in_4bit out."
             )
         data = getattr(self.trainer, "datamodule", None)
-        packing = getattr(data, "packing", False)
-        self.policy.whole().verify(packing)
+        layout = (getattr(data, "packing", False), getattr(data, "share_prompts", False))
+        self.policy.whole().verify(*layout)
         if self.reference is not None:
             self.reference.setup(self.policy)
-            self.reference.verify(packing)
+            self.reference.verify(*layout)
             if data is not None and hasattr(data, "sets"):
                 self.reference.check_data(self.tokenizer, data.sets)
 

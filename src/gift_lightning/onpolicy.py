@@ -174,7 +174,8 @@ class OnPolicy(PolicyModule):
         """A stage may change here what a rollout teaches, the same on every rank."""
 
     def _transferred(self, experience: Experience, part: MicroBatch) -> Batch:
-        batch = experience.batch(part, self.end_ids[0], self.data.packing)
+        data = self.data
+        batch = experience.batch(part, self.end_ids[0], data.packing, data.share_prompts)
         moved: Batch = self.transfer_batch_to_device(batch, self.device, 0)
         return moved
 

@@ -4,17 +4,19 @@ from typing import cast
 
 import torch
 from jaxtyping import Bool, Float, Int
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from gift_lightning.collate import Batch
+from gift_lightning.collate import Batch, collate
 from gift_lightning.functional import IGNORED
 from gift_lightning.head import Head, ProjectedRows, ReferenceRows, head_loss
 from gift_lightning.logprobs import token_logp
 from gift_lightning.loss import Evaluation
 from gift_lightning.models import base_model
 from gift_lightning.modes import scoring
+from gift_lightning.order import MicroBatch
 from gift_lightning.skeleton import Skeleton
 from gift_lightning.target import Target
 
@@ -83,7 +85,10 @@ class Policy(nn.Module):
     def hidden(self, batch: Batch) -> Float[Tensor, "n d"]:
         """Final hidden states at the positions that predict a supervised token."""
         states = self.base.base_model(
-            input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            position_ids=batch["position_ids"],
+            use_cache=False,
         ).last_hidden_state
         return states[:, :-1][supervised(batch)]
 
@@ -145,11 +150,11 @@ class Policy(nn.Module):
         return Policy(cast(PreTrainedModel, self.skeleton.filled(self.model, place, keep)))
 
     @torch.no_grad()
-    def verify(self, packing: bool) -> None:
+    def verify(self, packing: bool, share_prompts: bool = False) -> None:
         """Checks on two short documents that the fused head computes what the model computes.
 
         Raises:
-            ValueError: if head or packing differ from the model's own logits.
+            ValueError: if head, packing or shared prompts differ from the model's own logits.
         """
         device = self.head.weight.device
         documents = torch.arange(14, device=device).remainder(len(self.head.weight)).view(2, 7)
@@ -190,4 +195,41 @@ class Policy(nn.Module):
             raise ValueError(
                 f"{name} does not keep packed documents apart: its logits change by {error:.2g} "
                 "relative to the largest; set data.packing: false."
+            )
+        if share_prompts:
+            self._check_attention()
+            prompt, ends = documents[0, :4].cpu(), documents[1].cpu()
+            three = [torch.cat([prompt, x]) for x in (ends[:3], ends[2:6], ends[4:])]
+            other = [torch.cat([prompt, ends[4:]]), *three[1:]]
+
+            def supervised_logits(samples: list[Tensor], prompts: list[int] | None) -> Tensor:
+                labels = [x.index_fill(0, torch.arange(4), IGNORED) for x in samples]
+                whole = MicroBatch((0, 1, 2), 10, 3)
+                pairs = list(zip(samples, labels, strict=True))
+                batch = collate(pairs, whole, 0, False, prompts)
+                states = self.hidden(move_data_to_device(batch, device))
+                return self.head.project(states)
+
+            with scoring(self.model):
+                alone = supervised_logits(three, None)
+                together = supervised_logits(three, [4] * 3)
+                changed = supervised_logits(other, [4] * 3)
+            error = differ(together[3:], changed[3:], 0.01) or differ(together, alone, 0.3)
+            if error:
+                raise ValueError(
+                    f"{name} does not keep completions apart that share a prompt: its logits "
+                    f"change by {error:.2g} relative to the largest; set data.share_prompts: false."
+                )
+
+    def _check_attention(self) -> None:
+        """Only scaled dot-product attention over all tokens takes the mask of shared prompts."""
+        config = self.base.config.get_text_config()
+        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+        window = getattr(config, "sliding_window", None) and not hasattr(config, "layer_types")
+        how = config._attn_implementation
+        if how != "sdpa" or kinds != {"full_attention"} or window:
+            raise ValueError(
+                f"data.share_prompts needs full attention by sdpa in every layer, and "
+                f"{type(self.base).__name__} has {', '.join(sorted(kinds))} by {how}"
+                f"{', with a sliding window' if window else ''}: set data.share_prompts: false."
             )

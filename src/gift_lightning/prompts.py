@@ -93,6 +93,8 @@ class PromptData(PositionedData):
         max_rejected: refuse to start if a larger share of the problems cannot be used.
         chat: make the prompt a user's turn of the tokenizer's chat template.
         packing: put short sequences into one row; exact, and faster than padding.
+        share_prompts: read a prompt once for up to eight of its completions; exact, and faster
+            where prompts are long beside completions and models do without a sliding window.
         seed: of the order and of the sampling.
     """
 
@@ -109,6 +111,7 @@ class PromptData(PositionedData):
         max_rejected: float = 0.05,
         chat: bool = False,
         packing: bool = True,
+        share_prompts: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -129,7 +132,8 @@ class PromptData(PositionedData):
         self._batch_size, self.num_iterations = batch_size, num_iterations
         self.batch_size = batch_size or 0
         self.max_prompt_length, self.max_rejected = max_prompt_length, max_rejected
-        self.chat, self.packing, self.seed = chat, packing, seed
+        self.chat, self.seed = chat, seed
+        self.packing, self.share_prompts = packing, share_prompts
         self.ledger: dict[str, Ledger] = {}
         self.problems: list[Problem] = []
         self.prompt_ids: list[list[int]] = []
@@ -245,5 +249,10 @@ class PromptData(PositionedData):
     ) -> tuple[int, ...]:
         """The completions of a ticket's micro-batch on one rank, of those of its step; `lengths`
         are the tokens of every completion of the rollout."""
-        longest_first = window[np.argsort(-lengths[window], kind="stable")]
-        return deal(longest_first, self.batch_size, world, rank)[ticket.part]
+        # A group's completions stand side by side; or as little is padded as can be.
+        by_group, longest_first = (
+            np.sort(window),
+            window[np.argsort(-lengths[window], kind="stable")],
+        )
+        order = by_group if self.share_prompts else longest_first
+        return deal(order, self.batch_size, world, rank)[ticket.part]

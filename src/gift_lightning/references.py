@@ -49,7 +49,9 @@ class Reference(ABC):
     def distribute(self, shard: Callable[[Policy], None]) -> None:  # noqa: B027
         """Called after `setup` where the policy is sharded: shards a model of its own likewise."""
 
-    def verify(self, packing: bool) -> None:  # noqa: B027 (most have no model of their own)
+    def verify(  # noqa: B027 (most have no model of their own)
+        self, packing: bool, share_prompts: bool = False
+    ) -> None:
         """Called after `setup`: checks a model that the policy does not stand for.
 
         Raises:
@@ -162,9 +164,9 @@ class FrozenCopy(Reference):
                 f"policy of {theirs}: a reference must share the policy's vocabulary."
             )
 
-    def verify(self, packing: bool) -> None:
+    def verify(self, packing: bool, share_prompts: bool = False) -> None:
         if self.pretrained is not None and self.policy is not None:
-            self.policy.whole().verify(packing)
+            self.policy.whole().verify(packing, share_prompts)
 
     def distribute(self, shard: Callable[[Policy], None]) -> None:
         if self.device == "policy" and self.policy is not None:

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gift_lightning.distribution import Distribution, Scalar
+from gift_lightning.distribution import Distribution, Peaks, Scalar
 
 
 class Tokens(Distribution):
@@ -39,8 +39,9 @@ class Tokens(Distribution):
         old_logp: Float[Tensor, " n"] | None = None,
         ahead: Float[Tensor, " n"] | None = None,
         buffer: Float[Tensor, "n v"] | None = None,
+        complete: bool = False,
     ) -> None:
-        super().__init__(logits, labels, buffer=buffer)
+        super().__init__(logits, labels, buffer=buffer, complete=complete)
         self.old_logp = old_logp
         self.ahead = ahead
         self.reference = reference
@@ -106,10 +107,11 @@ class Target(ABC):
         A share of Q within the token, unlike `token_weight`, a factor on its finished loss.
         """
 
-    def residual(self, t: Tokens) -> Float[Tensor, "#n #v"] | None:
+    def residual(self, t: Tokens) -> Float[Tensor, "#n #v"] | Peaks | None:
         """π̃, where the rest of the mass goes. None: the student itself, which gives no gradient.
 
-        One row is the same for all tokens, one column the same for all classes.
+        One row is the same for all tokens, one column the same for all classes. What is linear in
+        the reference takes `t.base.mass`, so that a truncated one is never spread over the classes.
         """
         return None
 
