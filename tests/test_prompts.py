@@ -140,6 +140,13 @@ def test_the_loader_hands_on_one_ticket_at_a_time():
     assert [Ticket(*ticket) for ticket in loader] == list(made.sampler)
 
 
+def test_a_position_of_an_earlier_version_is_refused():
+    with pytest.raises(
+        ValueError, match="earlier version, which did not write how many micro-batc"
+    ):
+        data().resplit({"PromptData": {"micro_batches_done": 3}})
+
+
 # --- the completions of a step ----------------------------------------------------------------
 
 
@@ -180,6 +187,19 @@ def test_any_number_of_devices_trains_the_same_steps(iterations):
     for windows in passes.values():  # every completion once in a pass
         assert sorted(i for ids in windows for i in ids) == list(range(32))
     assert len({str(windows) for windows in passes.values()}) == len(passes)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_completions_that_share_a_prompt_are_trained_side_by_side(world):
+    made = data(
+        world=world, accumulate=4, num_generations=8, batch_size=8 // world, share_prompts=True
+    )
+    rollout = experience(list(range(1, 33)), 0)
+    for ticket in made.sampler:
+        places = made.window(ticket, 32)
+        for rank in range(world):
+            part = made.part(ticket, places, rollout.lengths().numpy(), world, rank)
+            assert {i // 8 for i in part} == {ticket.part}  # one group for each micro-batch
 
 
 @pytest.mark.parametrize(("world", "accumulate", "size"), [(1, 1, 16), (2, 1, 8), (2, 4, 2)])

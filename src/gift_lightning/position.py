@@ -50,10 +50,19 @@ class PositionedData(pl.LightningDataModule):
 
     def resplit(self, checkpoint: dict[str, Any]) -> None:
         """Counts the micro-batches of a checkpoint as this run does, which may split its optimizer
-        steps into another number of them; in the position and in the trainer's progress."""
+        steps into another number of them; in the position and in the trainer's progress.
+
+        Raises:
+            ValueError: The checkpoint does not say how its own steps were split.
+        """
         position = checkpoint.get(type(self).__qualname__)
         if self.sampler is None or not position:
             return
+        if "accumulate" not in position:
+            raise ValueError(
+                "The checkpoint is of an earlier version, which did not write how many "
+                "micro-batches a step has: start a new run from its exported weights."
+            )
         before, now = position["accumulate"], self.sampler.accumulate
         done = position["micro_batches_done"]
         if before == now or (done % before and not position["epoch_trained"]):
