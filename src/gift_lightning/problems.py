@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from gift_lightning import countdown
 from gift_lightning.readers import Source, first_line, rows
+from gift_lightning.seeds import keyed_seed
 
 if TYPE_CHECKING:  # worker processes of user rewards may import this module: no torch
     from transformers import PreTrainedTokenizerBase
@@ -122,7 +123,8 @@ class ReasoningGymProblems(Problems):
         task: for example chain_sum. puzzle24 is refused: its scorer does not look at which numbers
             an answer uses, so one constant answer solves every problem.
         size: how many.
-        seed: of the task's generator.
+        seed: another gives other problems. The task makes problem i from its own seed plus i, so that
+            0 and 1 there would differ in one problem: it gets a number drawn from this one.
         config: its other options, for example {max_terms: 2}.
         prompt_format: text around the question.
     """
@@ -149,10 +151,9 @@ class ReasoningGymProblems(Problems):
             raise ValueError(
                 f"the problems of {self.task!r} need a package: pip install reasoning-gym."
             ) from error
+        seed = keyed_seed(self.seed, "reasoning-gym", self.task) >> 32  # numpy takes 32 bits
         try:
-            data = reasoning_gym.create_dataset(
-                self.task, size=self.size, seed=self.seed, **self.config
-            )
+            data = reasoning_gym.create_dataset(self.task, size=self.size, seed=seed, **self.config)
         except (ValueError, TypeError, AssertionError) as error:
             raise ValueError(
                 f"reasoning-gym cannot make {self.task!r} with {self.config}: {first_line(error)}."
