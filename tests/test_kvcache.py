@@ -14,7 +14,7 @@ CONFIG = LlamaConfig(
 
 def test_equal_to_concatenation():
     torch.manual_seed(0)
-    ours, theirs = roomy_cache(CONFIG), DynamicCache(config=CONFIG)
+    ours, theirs = roomy_cache(CONFIG, 95), DynamicCache(config=CONFIG)
     assert all(type(x) is RoomyLayer for x in ours.layers)
     prompts, rows = 3, torch.arange(3).repeat_interleave(8)
 
@@ -44,12 +44,13 @@ def test_equal_to_concatenation():
             dropped += count - len(order)
             count = len(order)
     assert dropped > 10 and ours.get_seq_length() == theirs.get_seq_length() == 95
+    assert ours.layers[0]._store[0].shape[-2] == 95  # no more than there can be
 
 
 @pytest.mark.parametrize("going", [[1, 1, 0, 0], [0, 0, 1, 1], [0, 1, 0, 1], [0, 0, 0, 1]])
 def test_the_last_rows_take_the_free_places(going):
     going = torch.tensor(going).bool()
-    cache = roomy_cache(CONFIG)
+    cache = roomy_cache(CONFIG, 2)
     for layer in range(2):
         cache.update(*torch.arange(4.0)[None, :, None, None, None].expand(2, 4, 1, 1, 1), layer)
     cache.reorder_cache(torch.arange(4))
@@ -73,7 +74,7 @@ def test_sliding_windows_stay_as_they_are():
         sliding_window=6,
         attn_implementation="eager",
     )
-    kinds = {type(x).__name__ for x in roomy_cache(config).layers}
+    kinds = {type(x).__name__ for x in roomy_cache(config, 9).layers}
     assert kinds == {"RoomyLayer", "DynamicSlidingWindowLayer"}
     model = Gemma2ForCausalLM(config).eval()
     for parameter in model.parameters():

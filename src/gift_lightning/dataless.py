@@ -30,6 +30,7 @@ _OWNERS = {
     "gift_lightning.head": "head",
     "gift_lightning.logprobs": "head",
     "transformers.cache_utils": "kv_cache",
+    "gift_lightning.kvcache": "kv_cache",
 }
 
 

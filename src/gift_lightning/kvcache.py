@@ -13,9 +13,16 @@ from transformers.cache_utils import DynamicLayer
 
 
 class RoomyLayer(DynamicLayer):
-    """Keys and values [rows, heads, length, size] as views of larger tensors."""
+    """Keys and values [rows, heads, length, size] as views of larger tensors.
 
-    _store: tuple[Tensor, Tensor] | None = None
+    Args:
+        limit: the largest length.
+    """
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.limit = limit
+        self._store: tuple[Tensor, Tensor] | None = None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -42,9 +49,9 @@ class RoomyLayer(DynamicLayer):
             self.keys, self.values = (_moved(x, holes, movers)[:count] for x in self._held())
 
     def _make_room(self, new: int) -> None:
-        """Half as much again, so that each token is copied a bounded number of times."""
+        """A quarter more, so that each token is copied a bounded number of times."""
         length = self.get_seq_length()
-        room = length + max(new, 16, length // 2)
+        room = length + max(new, min(max(16, length // 4), self.limit - length))
         keys, values = self._held()
         self._store = _widened(keys, room), _widened(values, room)
         self.keys, self.values = (x[:, :, :length] for x in self._store)
@@ -66,10 +73,11 @@ def _widened(x: Tensor, room: int) -> Tensor:
     return out
 
 
-def roomy_cache(config: PretrainedConfig) -> DynamicCache:
-    """A cache for a model; layers that do not keep every token stay as transformers has them."""
+def roomy_cache(config: PretrainedConfig, limit: int) -> DynamicCache:
+    """A cache for at most `limit` tokens of a row; layers that do not keep every token stay as
+    transformers has them."""
     cache = DynamicCache(config=config)
-    cache.layers = [RoomyLayer() if type(x) is DynamicLayer else x for x in cache.layers]
+    cache.layers = [RoomyLayer(limit) if type(x) is DynamicLayer else x for x in cache.layers]
     return cache
 
 
