@@ -107,7 +107,7 @@ def test_shared_prompts_change_nothing_but_the_time(loss):
         original = module._transferred
         module._transferred = lambda *x, to=original, rows=rows: rows.append(to(*x)) or rows[-1]
         fit(module, data(batch_size=8, num_iterations=2, share_prompts=share), steps=8)
-        assert any(x["attention_mask"] is not None for x in rows) == share
+        assert any(x["document_ids"] is not None for x in rows) == share
         found.append(weights(module) - start)
     assert found[0].abs().max() > 1e-3
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-6)
@@ -413,6 +413,7 @@ def test_impossible_options_are_refused(options, said):
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"batch_size": 3}, "no multiple of the 3"),
         ({"prompts_per_rollout": 16}, "fewer than data.prompts_per_rollout=16"),
+        ({"packing": False, "share_prompts": True}, "puts completions into one row"),
         ({"max_prompt_length": 5}, "prompt longer than max_prompt_length 5"),
     ],
 )

@@ -65,7 +65,7 @@ def policy(folder: Path, **more: object) -> dict:
     return {"class_path": MODEL, "init_args": options}
 
 
-def grpo(folder: Path) -> dict:
+def grpo(folder: Path, **more: object) -> dict:
     init = {
         "model": policy(folder),
         "rewards": ["small_rewards.Even"],
@@ -76,7 +76,7 @@ def grpo(folder: Path) -> dict:
     }
     data = {"train": {"class_path": "JSONLProblems"}, "prompts_per_rollout": 2}
     data["train"]["init_args"] = {"path": str(folder / "problems.jsonl")}
-    data |= {"num_generations": BATCH, "batch_size": BATCH}
+    data |= {"num_generations": BATCH, "batch_size": BATCH, **more}
     return {
         "model": {"class_path": "GRPO", "init_args": init},
         "data": {"class_path": "PromptData", "init_args": data},
@@ -92,6 +92,7 @@ CASES = {
     ),
     "gradient checkpointing": lambda f: sft(f, model=policy(f, gradient_checkpointing=True)),
     "GRPO": grpo,
+    "GRPO with shared prompts": lambda f: grpo(f, share_prompts=True),
 }
 
 

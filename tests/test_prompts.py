@@ -1,6 +1,6 @@
 """The stream that RL trains on: tickets, their completions, and when a rollout is sampled."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
@@ -189,17 +189,24 @@ def test_any_number_of_devices_trains_the_same_steps(iterations):
     assert len({str(windows) for windows in passes.values()}) == len(passes)
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [1, 2, 4])
 def test_completions_that_share_a_prompt_are_trained_side_by_side(world):
     made = data(
-        world=world, accumulate=4, num_generations=8, batch_size=8 // world, share_prompts=True
+        world=world,
+        accumulate=4 // world,
+        num_generations=8,
+        batch_size=8,
+        share_prompts=True,
     )
-    rollout = experience(list(range(1, 33)), 0)
+    rollout, groups = experience(list(range(1, 33)), 0), defaultdict(list)
     for ticket in made.sampler:
         places = made.window(ticket, 32)
         for rank in range(world):
             part = made.part(ticket, places, rollout.lengths().numpy(), world, rank)
-            assert {i // 8 for i in part} == {ticket.part}  # one group for each micro-batch
+            first, *others = {i // 8 for i in part}
+            assert not others and len(part) == 8  # one group for each micro-batch
+            groups[ticket.rollout].append(first)
+    assert all(sorted(found) == [0, 1, 2, 3] for found in groups.values())
 
 
 @pytest.mark.parametrize(("world", "accumulate", "size"), [(1, 1, 16), (2, 1, 8), (2, 4, 2)])

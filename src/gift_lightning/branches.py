@@ -56,8 +56,8 @@ class BranchGradients:
             squared distance. Between m micro-batches drawn at random, (mean ‖g‖² − ‖mean g‖²)/(m −
             1) is an unbiased estimate of the variance of the mean, and so is ‖mean g_s − mean
             g_r‖² less both variances of the distance, before it is kept at 0 or above; for m = 1
-            all are NaN. Micro-batches are cut by length here, which adds to the noise what length
-            does to gradients.
+            all are NaN. Micro-batches are cut by length here, or by prompt where completions share
+            it, which adds to the noise what these do to gradients.
         """
         count = int(reduce(torch.tensor(float(self._count)), "sum"))
         means, noise = {}, {ROLLOUTS: math.nan, DEMONSTRATIONS: math.nan}

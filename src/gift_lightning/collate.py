@@ -16,19 +16,19 @@ class Batch(TypedDict):
     """One micro-batch: `r` rows of `t` tokens holding `s` samples.
 
     Samples that share a row are told apart by positions that restart at 0; padding at the end of a
-    row is a document of its own. A model must be called with `position_ids` and `attention_mask`
-    and without a cache: where that is None, it builds the block-diagonal mask by itself.
+    row is a document of its own. A model must be called with `position_ids` and without a cache: it
+    then builds the block-diagonal mask by itself; where samples share a prompt, `reads` does.
     """
 
     input_ids: Int[Tensor, "r t"]
     position_ids: Int[Tensor, "r t"]
-    attention_mask: Bool[Tensor, "r 1 t t"] | None
-    """What each token reads, where samples share a prompt."""
+    document_ids: Int[Tensor, "r t"] | None
+    """Which samples share a prompt, where any do: those of a document; -1 for padding."""
     labels: Int[Tensor, "r t"]
     """Not shifted; -100 is not learned, as is the first token of every sample."""
     sequence_ids: Int[Tensor, "r t"]
     """Which sample of the batch a token belongs to, in order of appearance; -1 for padding, and for
-    what several share."""
+    a prompt that several share."""
     sample_ids: Int[Tensor, " s"]
     """Dataset index of each sample, in the order of `sequence_ids`."""
     step_tokens: int
@@ -55,8 +55,8 @@ class _Document:
     """Samples that begin with the same `shared` tokens, which then stand in a row once."""
 
     samples: list[int]
-    shared: int
     length: int
+    shared: int = 0
 
 
 def _documents(
@@ -64,18 +64,19 @@ def _documents(
 ) -> list[_Document]:
     lengths = [len(ids) for ids, _ in examples]
     if prompts is None:
-        return [_Document([i], 0, n) for i, n in enumerate(lengths)]
+        return [_Document([i], n) for i, n in enumerate(lengths)]
     limit, documents = 4 * max(lengths, default=0), []
     latest: dict[bytes, _Document] = {}
     for i, ((ids, _), prompt) in enumerate(zip(examples, prompts, strict=True)):
         # The prompt's last token predicts each completion's first, so every sample has its own.
         own, key = lengths[i] - prompt + 1, ids[:prompt].numpy().tobytes()
-        document = latest.get(key)
+        document = latest.get(key) if prompt > 1 else None
         if document and len(document.samples) < _SHARERS and document.length + own <= limit:
             document.length += own
             document.samples.append(i)
+            document.shared = prompt - 1
         else:
-            latest[key] = _Document([i], prompt - 1, lengths[i])
+            latest[key] = _Document([i], lengths[i])
             documents.append(latest[key])
     return documents
 
@@ -114,13 +115,10 @@ def collate(
         for d in row:
             document = documents[d]
             document_ids[r, at : at + document.length] = d
-            shares = len(document.samples) > 1
-            if shares:
-                end = at + document.shared
-                input_ids[r, at:end] = examples[document.samples[0]][0][: document.shared]
-                position_ids[r, at:end] = torch.arange(document.shared)
-                at = end
-            first = document.shared if shares else 0
+            first = document.shared
+            input_ids[r, at : at + first] = examples[document.samples[0]][0][:first]
+            position_ids[r, at : at + first] = torch.arange(first)
+            at += first
             for i in document.samples:
                 ids, own = examples[i]
                 end = at + len(ids) - first
@@ -135,7 +133,7 @@ def collate(
     return Batch(
         input_ids=input_ids,
         position_ids=position_ids,
-        attention_mask=_reads(document_ids, sequence_ids) if shared else None,
+        document_ids=document_ids if shared else None,
         labels=labels,
         sequence_ids=sequence_ids,
         sample_ids=torch.tensor([micro_batch.sample_ids[i] for i in order], dtype=torch.int64),
@@ -144,8 +142,11 @@ def collate(
     )
 
 
-def _reads(documents: Int[Tensor, "r t"], sequences: Int[Tensor, "r t"]) -> Bool[Tensor, "r 1 t t"]:
-    """Earlier tokens of the same sample, and what is shared of the same document."""
-    same = documents[:, :, None] == documents[:, None]
-    own = (sequences[:, :, None] == sequences[:, None]) | (sequences[:, None] == -1)
-    return (same & own).tril()[:, None]
+def reads(batch: Batch) -> Bool[Tensor, "r t t"] | None:
+    """Which tokens each token reads, where samples share a prompt: the earlier ones of its sample,
+    and of what the samples of its document share."""
+    documents, sequences = batch["document_ids"], batch["sequence_ids"]
+    if documents is None:
+        return None
+    own = (sequences[:, :, None] == sequences[:, None]).logical_or_(sequences[:, None] == -1)
+    return own.logical_and_(documents[:, :, None] == documents[:, None]).tril_()

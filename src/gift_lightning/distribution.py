@@ -15,8 +15,9 @@ Scalar = float | Tensor
 class Peaks:
     """[n, v] numbers that are even but for a few: row i is even_i + Σ_j above_ij·δ(ids_ij).
 
-    What a truncated reference is made of. It is scaled and added to as the tensor would be, and
-    costs a loss one pass over the logits less than half of what the tensor does.
+    What a truncated reference is made of. It is scaled and added to as the tensor would be. A loss
+    and its gradient pass over the logits once more for it, and three times for the tensor, which
+    itself has to be written before.
 
     Attributes:
         even: [n, 1] what every class has.
@@ -136,7 +137,7 @@ class Distribution:
         That one is exact always, but takes two passes to find.
         """
         p_y = self.at_label(self.p)
-        if bool((p_y > torch.finfo(p_y.dtype).tiny).all()):
+        if self._peaks is None and bool((p_y > torch.finfo(p_y.dtype).tiny).all()):
             return self.at_label(self.logits) - p_y.log()
         return self.top - self.p.amax(-1).log()
 

@@ -132,7 +132,7 @@ def _decode(
     # No mask at all where nothing is padded: attention is faster without.
     mask = torch.arange(longest, device=device) >= longest - lengths[:, None]
     padded = not bool(mask.all())
-    cache = roomy_cache(model.config, longest + steps)
+    cache = roomy_cache(model.config, longest + steps - 1)
     takes = inspect.signature(base_model(model).forward).parameters
     kept_in = {
         "cache" if "cache" in takes else "past_key_values": cache

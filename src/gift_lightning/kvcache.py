@@ -16,7 +16,7 @@ class RoomyLayer(DynamicLayer):
     """Keys and values [rows, heads, length, size] as views of larger tensors.
 
     Args:
-        limit: the largest length.
+        limit: the largest length that is kept.
     """
 
     def __init__(self, limit: int) -> None:
@@ -42,6 +42,9 @@ class RoomyLayer(DynamicLayer):
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]
         if self.is_initialized:  # a layer that reads another's keys never is
             self._make_room(1)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.reorder_cache(indices)
 
     def keep(self, holes: Tensor, movers: Tensor, count: int) -> None:
         """Rows of `movers` take the places `holes`; the first `count` rows are left."""

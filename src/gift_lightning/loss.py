@@ -131,9 +131,10 @@ def _kl_target(
             + torch.special.xlogy(rest * (1 - s.p_y).clamp_min(0), rest)
         )
     if isinstance(residual, Peaks):
-        residual = residual.dense()
-    q = rest[:, None] * residual.expand_as(s.logits)
-    q = q.scatter_add(-1, s.labels[:, None], gamma[:, None])
+        q = (residual * rest[:, None]).dense()
+    else:
+        q = rest[:, None] * residual.expand_as(s.logits)
+    q.scatter_add_(-1, s.labels[:, None], gamma[:, None])
     if s.absent is not None:
         q = q.masked_fill(s.absent, 0.0)
     return s.cross_entropy(q) + torch.special.xlogy(q, q).sum(-1)

@@ -185,9 +185,13 @@ class OnPolicy(PolicyModule):
         the work."""
         out = torch.zeros_like(experience.sampler_logp, device=self.device)
         places = torch.arange(len(out))
-        by_length = experience.lengths().argsort(descending=True)
-        trained = by_length[experience.trained[by_length]].tolist()
-        mine = trained[self.replicas.index :: self.replicas.number]
+        world, rank = self.replicas.number, self.replicas.index
+        if self.data.share_prompts:
+            trained = experience.trained.nonzero()[:, 0]
+            mine = trained.tensor_split(world)[rank].tolist()
+        else:
+            by_length = experience.lengths().argsort(descending=True)
+            mine = by_length[experience.trained[by_length]].tolist()[rank::world]
         # In the trainer's precision, as the training step.
         with self.trainer.precision_plugin.forward_context(), scoring(policy.model):
             for start in range(0, len(mine), self.data.batch_size):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from gift_lightning.collate import Batch, collate
+from gift_lightning.collate import Batch, collate, reads
 from gift_lightning.functional import IGNORED
 from gift_lightning.head import Head, ProjectedRows, ReferenceRows, head_loss
 from gift_lightning.logprobs import token_logp
@@ -86,11 +86,23 @@ class Policy(nn.Module):
         """Final hidden states at the positions that predict a supervised token."""
         states = self.base.base_model(
             input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
+            attention_mask=self._mask(batch),
             position_ids=batch["position_ids"],
             use_cache=False,
         ).last_hidden_state
         return states[:, :-1][supervised(batch)]
+
+    def _mask(self, batch: Batch) -> Float[Tensor, "r 1 t t"] | None:
+        """What is added to attention's scores where samples share a prompt."""
+        read, kind = reads(batch), self.head.weight.device.type
+        if read is None:
+            return None
+        # As the queries are: each layer would convert truth values, and keep them for its gradient.
+        dtype = self.base.dtype
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        hidden = torch.zeros(read.shape, dtype=dtype, device=read.device)
+        return hidden.masked_fill_(~read, -torch.inf)[:, None]
 
     def forward(
         self,
@@ -206,7 +218,7 @@ class Policy(nn.Module):
                 labels = [x.index_fill(0, torch.arange(4), IGNORED) for x in samples]
                 whole = MicroBatch((0, 1, 2), 10, 3)
                 pairs = list(zip(samples, labels, strict=True))
-                batch = collate(pairs, whole, 0, False, prompts)
+                batch = collate(pairs, whole, 0, prompts is not None, prompts)
                 states = self.hidden(move_data_to_device(batch, device))
                 return self.head.project(states)
 
@@ -225,11 +237,11 @@ class Policy(nn.Module):
         """Only scaled dot-product attention over all tokens takes the mask of shared prompts."""
         config = self.base.config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-        window = getattr(config, "sliding_window", None) and not hasattr(config, "layer_types")
+        kinds |= {x for x in ("sliding_window", "alibi") if getattr(config, x, None)}
         how = config._attn_implementation
-        if how != "sdpa" or kinds != {"full_attention"} or window:
+        if how != "sdpa" or kinds != {"full_attention"}:
             raise ValueError(
                 f"data.share_prompts needs full attention by sdpa in every layer, and "
-                f"{type(self.base).__name__} has {', '.join(sorted(kinds))} by {how}"
-                f"{', with a sliding window' if window else ''}: set data.share_prompts: false."
+                f"{type(self.base).__name__} has {', '.join(sorted(kinds))} by {how}: set "
+                "data.share_prompts: false."
             )

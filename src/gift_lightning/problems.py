@@ -123,8 +123,8 @@ class ReasoningGymProblems(Problems):
         task: for example chain_sum. puzzle24 is refused: its scorer does not look at which numbers
             an answer uses, so one constant answer solves every problem.
         size: how many.
-        seed: another gives other problems. The task makes problem i from its own seed plus i, so
-            that 0 and 1 would differ in one problem there: it gets a number drawn from this one.
+        seed: another draws anew, and a small task repeats itself. The task makes problem i from its
+            seed plus i, so that its 0 and 1 differ in one problem: it gets a number made from this.
         config: its other options, for example {max_terms: 2}.
         prompt_format: text around the question.
     """

@@ -93,8 +93,8 @@ class PromptData(PositionedData):
         max_rejected: refuse to start if a larger share of the problems cannot be used.
         chat: make the prompt a user's turn of the tokenizer's chat template.
         packing: put short sequences into one row; exact, and faster than padding.
-        share_prompts: read a prompt once for up to eight of its completions; exact, and faster
-            where prompts are long beside completions and models do without a sliding window.
+        share_prompts: read a prompt once for up to eight of its completions; faster where prompts
+            are long beside completions, see docs/grpo.md.
         seed: of the order and of the sampling.
     """
 
@@ -124,6 +124,11 @@ class PromptData(PositionedData):
             raise ValueError(
                 f"data.num_generations must be at least 2, got {num_generations}: an advantage "
                 "compares the completions of a group."
+            )
+        if share_prompts and not packing:
+            raise ValueError(
+                "data.share_prompts puts completions into one row, which data.packing: false does "
+                "not allow: change one of them."
             )
         if max_prompt_length is not None and max_prompt_length < 1:
             raise ValueError(f"data.max_prompt_length must be at least 1, got {max_prompt_length}.")
@@ -249,10 +254,8 @@ class PromptData(PositionedData):
     ) -> tuple[int, ...]:
         """The completions of a ticket's micro-batch on one rank, of those of its step; `lengths`
         are the tokens of every completion of the rollout."""
-        # A group's completions stand side by side; or as little is padded as can be.
-        by_group, longest_first = (
-            np.sort(window),
-            window[np.argsort(-lengths[window], kind="stable")],
-        )
-        order = by_group if self.share_prompts else longest_first
+        if self.share_prompts:  # a group's completions side by side, on one rank
+            order = np.sort(window).reshape(world, -1).T.ravel()
+        else:  # as little padding as can be
+            order = window[np.argsort(-lengths[window], kind="stable")]
         return deal(order, self.batch_size, world, rank)[ticket.part]

@@ -51,6 +51,7 @@ class Sizes:
         completion: tokens of the longest completion.
         decoded: completions that the policy itself samples side by side.
         group: completions of one prompt.
+        together: of these, how many meet in a micro-batch.
     """
 
     lengths: tuple[int, ...] = ()
@@ -59,6 +60,7 @@ class Sizes:
     completion: int = 0
     decoded: int = 0
     group: int = 1
+    together: int = 1
 
 
 def sizes(module: PolicyModule, data: pl.LightningDataModule, setting: Setting) -> Sizes:
@@ -80,7 +82,9 @@ def sizes(module: PolicyModule, data: pl.LightningDataModule, setting: Setting) 
         size = data._batch_size or -(-rollout // setting.accumulate)
         own = module.engine.batch_size if isinstance(module.engine, HFRollout) else 0
         prompt = _longest_prompt(module, data, completion)
-        return Sizes((), size, prompt, completion, min(own, rollout), group)
+        steps = -(-rollout // (size * setting.accumulate))
+        together = max(1, min(group // steps, size))
+        return Sizes((), size, prompt, completion, min(own, rollout), group, together)
     raise ValueError(
         f"gift plan knows SFTData, PromptData and HybridData with their modules, not "
         f"{type(data).__name__} with {type(module).__name__}."
@@ -139,9 +143,10 @@ def demonstrations(lengths: Sequence[int], packing: bool) -> Batch:
 def rollout(sizes: Sizes) -> Experience:
     count, tokens = sizes.completions, _ragged(sizes.completion, sizes.completions)
     ones, all_tokens = torch.ones(count), torch.zeros(sum(tokens))
+    problems = torch.arange(count) // sizes.together
     return Experience(
         number=0,
-        prompt_ids=torch.zeros(count * sizes.prompt, dtype=torch.int64),
+        prompt_ids=problems.repeat_interleave(sizes.prompt),  # ids that no one looks up
         prompt_lengths=torch.full((count,), sizes.prompt),
         completion_ids=torch.zeros(sum(tokens), dtype=torch.int64),
         completion_lengths=torch.tensor(tokens),
