@@ -59,6 +59,15 @@ os.environ["GIFT_CACHE"] = ""  # no test reads what a user or another test left
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
+# Files that take minutes start first, so that no process is left with them at the end.
+SLOW = ("sharding", "readme", "vllm", "grpo", "plan", "ablate", "benchmarks", "hybrid", "configs")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {f"test_{name}.py": i for i, name in enumerate(SLOW)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     return REPOSITORY
