@@ -69,8 +69,9 @@ def finish(process: subprocess.Popen[str], cell: str) -> dict[str, float]:
     out, _ = process.communicate()
     if process.returncode:  # −9: killed, most likely for memory
         sys.exit(f"{cell} ended with status {process.returncode}: try smaller sizes.")
-    # Other ranks of a cell write to the same place.
-    found: dict[str, float] = json.loads(next(x for x in out.splitlines() if x.startswith("{")))
+    # Other ranks of a cell, and TRL, write to the same place.
+    last = [line for line in out.splitlines() if line.startswith('{"')][-1]
+    found: dict[str, float] = json.loads(last)
     return found
 
 

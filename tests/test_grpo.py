@@ -287,6 +287,7 @@ def test_it_learns():
         prompts_per_rollout=16,
         num_generations=16,
         batch_size=256,
+        share_prompts=True,
     )
     rewards = []
 
