@@ -44,7 +44,7 @@ class RoomyLayer(DynamicLayer):
             self._make_room(1)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self.reorder_cache(indices)
+        self.reorder_cache(indices)  # the inherited one would leave the larger tensors behind
 
     def keep(self, holes: Tensor, movers: Tensor, count: int) -> None:
         """Rows of `movers` take the places `holes`; the first `count` rows are left."""
