@@ -1,8 +1,10 @@
 """What every test shares: shapes are really checked, nothing leaves the machine."""
 
+import multiprocessing
 import os
 import socket
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import pytest
 import torch
 from beartype import BeartypeConf, beartype
 from beartype.roar import BeartypeDecorHintPep3119Exception
-from jaxtyping import install_import_hook
+from jaxtyping import config, install_import_hook
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -56,6 +58,9 @@ def _check_annotations() -> None:
 _check_annotations()
 
 os.environ["GIFT_CACHE"] = ""  # no test reads what a user or another test left
+os.environ["HF_HUB_OFFLINE"] = "1"
+IMPORTED = ("cli", "hybrid", "hybrid_data", "evaluation", "sharding")  # and what these import
+multiprocessing.set_forkserver_preload([f"gift_lightning.{name}" for name in IMPORTED])
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
@@ -63,9 +68,27 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 SLOW = ("sharding", "readme", "vllm", "grpo", "plan", "ablate", "benchmarks", "hybrid", "configs")
 
 
+# Checking annotations takes longer than what it checks: in the first case of a test, and then in
+# every seventh, a number that no grid of parameters has as its width.
+EVERY = 7
+_unchecked = pytest.StashKey[bool]()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {f"test_{name}.py": i for i, name in enumerate(SLOW)}
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
+    cases: Counter[str] = Counter()
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        item.stash[_unchecked] = cases[test] % EVERY > 0
+        cases[test] += 1
+
+
+@pytest.fixture(autouse=True)
+def _annotations(request: pytest.FixtureRequest) -> Iterator[None]:
+    config.update("jaxtyping_disable", request.node.stash[_unchecked])
+    yield
+    config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="session")

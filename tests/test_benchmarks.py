@@ -2,11 +2,12 @@
 
 import importlib
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import warm
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -47,8 +48,7 @@ def table(repository: Path, monkeypatch, capsys):
 
 
 def script(repository: Path, name: str, *flags: str) -> str:
-    command = [sys.executable, str(repository / "benchmarks" / name), "--threads=1", *flags]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = warm.run([str(repository / "benchmarks" / name), "--threads=1", *flags], repository)
     assert not done.returncode, done.stderr[-4000:]
     return done.stdout
 

@@ -186,7 +186,7 @@ def test_two_processes_with_unequal_shares(tmp_path):
     # odd, with a rank that has none, and all on the second
     shares = [((0, 4), (4, 7)), ((0, 7), (7, 7)), ((0, 0), (0, 7)), ((0, 1), (1, 7))]
     arguments = (free_port(), problems, shares, str(tmp_path))
-    torch.multiprocessing.spawn(rank_of_two, arguments, nprocs=2)
+    torch.multiprocessing.start_processes(rank_of_two, arguments, 2, start_method="forkserver")
     for rank in range(2):
         for share, (value, error, alone) in zip(
             shares, torch.load(tmp_path / f"{rank}.pt"), strict=True

@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from transformers import get_scheduler
 
 from gift_lightning.guard import Diverged, StepGuard, gradient_norm
 from gift_lightning.schedule import Schedule
@@ -38,6 +39,26 @@ def test_warmup_stable_decay_has_three_parts():
     assert all(a > b for a, b in pairwise(seen[6:]))
     floor = rates(Schedule("warmup_stable_decay", decay=4, min_lr_ratio=0.5), 12)
     assert min(floor) >= 0.5
+
+
+@pytest.mark.parametrize("warmup", [0, 3])
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine", "warmup_stable_decay"])
+def test_the_shapes_are_those_of_transformers(name, warmup):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    wsd = name == "warmup_stable_decay"
+    theirs = get_scheduler(
+        "constant_with_warmup" if name == "constant" else name,
+        optimizer,
+        num_warmup_steps=warmup,
+        num_training_steps=17,
+        scheduler_specific_kwargs={"num_decay_steps": 5, "min_lr_ratio": 0.2} if wsd else None,
+    )
+    schedule = Schedule(name, warmup=warmup, decay=5, min_lr_ratio=0.2)
+    for step in range(18):
+        assert schedule.factor(step, 17) == pytest.approx(theirs.get_last_lr()[0], abs=1e-15)
+        optimizer.step()
+        theirs.step()
+    assert schedule.factor(25, 17) == schedule.factor(17, 17)
 
 
 def test_a_schedule_that_does_not_fit_is_refused():

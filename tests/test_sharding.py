@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import OPTConfig, OPTForCausalLM
 
 import two_ranks
+import warm
 from gift_lightning.cli import main
 from gift_lightning.models import Lora, tiny_llama
 from gift_lightning.policy import Policy
@@ -21,8 +23,13 @@ from gift_lightning.sharding import check_names, is_folder_of_shards, tensor_pla
 
 SCRIPT = Path(two_ranks.__file__)
 RESUMED = ["psft", "gift_adapter_off", "grpo_kl"]  # inside an epoch, and inside a rollout
-SPLIT = ["sft_untied", "gift_frozen", "grpo_kl", "hybrid"]
+SPLIT = ["sft_untied", "psft", "grpo_kl", "hybrid"]
 UNDER_DDP = ["gift_trust", "gift_cached", "hybrid", *RESUMED]
+
+
+def jobs_of(cases: Iterable[str], kind: str, saved: Sequence[str] = RESUMED) -> list[str]:
+    """Each case to its end, some with a checkpoint on the way."""
+    return [f"{case}:save:{case}-{kind}.ckpt" if case in saved else case for case in cases]
 
 
 def start(folder: Path, strategy: str, ranks: int, jobs: list[str]) -> None:
@@ -34,22 +41,22 @@ def start(folder: Path, strategy: str, ranks: int, jobs: list[str]) -> None:
     group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
     processes = []
     for rank in range(ranks):
-        own = {**os.environ, "OMP_NUM_THREADS": "1"}
+        own = dict(os.environ)
         if strategy != "auto":
             own |= {**group, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        command = [sys.executable, str(SCRIPT), strategy, str(folder), *jobs]
-        log = (folder / f"{strategy}-{ranks}-{rank}.log").open("w")
-        processes.append(subprocess.Popen(command, stdout=log, stderr=log, env=own))
+        words = [str(SCRIPT), strategy, str(folder), *jobs]
+        log = folder / f"{strategy}-{ranks}-{rank}.log"
+        processes.append(warm.start(words, folder, own, log))
     for process in processes:
-        assert process.wait(1500) == 0, folder
+        process.join(1500)
+        assert process.exitcode == 0, folder
 
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All cases in one process, and checkpoints of some."""
     folder = tmp_path_factory.mktemp("one")
-    jobs = [*two_ranks.CASES, *(f"{case}:save:{case}-one.ckpt" for case in RESUMED)]
-    start(folder, "auto", 1, jobs)
+    start(folder, "auto", 1, jobs_of(two_ranks.CASES, "one"))
     return folder
 
 
@@ -68,18 +75,17 @@ def after(name: str, *sources: Path) -> Path:
 def ddp(one: Path) -> Path:
     """Some in two processes, which go on from the one's checkpoints and leave their own."""
     loads = [f"{case}:load:{case}-one.ckpt" for case in RESUMED]
-    saves = [f"{case}:save:{case}-ddp.ckpt" for case in RESUMED]
     folder = after("ddp", one)
-    start(folder, "ddp", 2, [*UNDER_DDP, *loads, *saves])
+    start(folder, "ddp", 2, [*jobs_of(UNDER_DDP, "ddp"), *loads])
     return folder
 
 
 @pytest.fixture(scope="module")
 def fsdp2(one: Path) -> Path:
     """All in two processes, which also go on from their own shards."""
-    jobs = list(two_ranks.CASES)
+    jobs = jobs_of(two_ranks.CASES, "fsdp2")
     for case in RESUMED:
-        jobs += [f"{case}:load:{case}-one.ckpt", f"{case}:save:{case}-fsdp2.ckpt"]
+        jobs += [f"{case}:load:{case}-one.ckpt"]
         jobs += [f"{case}:{verb}:{case}-shards.ckpt" for verb in ("save", "load")]
     folder = after("fsdp2", one)
     start(folder, "fsdp2", 2, jobs)
@@ -90,7 +96,8 @@ def fsdp2(one: Path) -> Path:
 def tensor(one: Path) -> Path:
     """Some in two processes that share every matrix product."""
     folder = after("tensor", one)
-    start(folder, "tensor", 2, [*SPLIT, "psft:load:psft-one.ckpt", "psft:save:psft-tensor.ckpt"])
+    jobs = [*jobs_of(SPLIT, "tensor", ["psft"]), "psft:load:psft-one.ckpt"]
+    start(folder, "tensor", 2, jobs)
     return folder
 
 

@@ -2,9 +2,10 @@
 
 `python two_ranks.py STRATEGY FOLDER JOB...` runs each job in every process of a group that the
 environment describes as torchrun does, and alone where there is none. A job is CASE for 20 steps,
-CASE:save:FILE for 11 of them and a checkpoint, or CASE:load:FILE for what is left; a FILE named
-`shards` is a folder of shards. The first process writes `FOLDER/JOB.safetensors`, the weights, and
-`FOLDER/JOB.json`, what was measured.
+CASE:save:FILE for the same with a checkpoint after 11 of them, or CASE:load:FILE for what is left
+then; a FILE named `shards` is a folder of shards, at which a run that saves it ends. The first
+process writes `FOLDER/NAME.safetensors`, the weights, and `FOLDER/NAME.json`, what was measured;
+NAME is the job where it begins or ends in the middle, and else the case.
 """
 
 import json
@@ -146,7 +147,7 @@ def fit(strategy: Any, case: Case, save: Path | None, load: Path | None) -> Watc
         saver = ModelCheckpoint(save.parent, save.stem, every_n_train_steps=STOP, save_top_k=-1)
         callbacks.append(saver)
     trainer = pl.Trainer(
-        max_steps=STOP if save else STEPS,
+        max_steps=STOP if save and "shards" in save.name else STEPS,
         max_epochs=-1,
         accelerator="cpu",
         strategy=strategy,
@@ -195,10 +196,11 @@ def main(strategy: str, folder: str, *jobs: str) -> None:
         )
         state = case[0].policy.whole().state_dict()
         if RANK == 0:
+            whole = name if verb == "save" and "shards" not in path else job
             weights = {k: v.clone().contiguous() for k, v in state.items()}
-            save_file(weights, f"{job}.safetensors")
+            save_file(weights, f"{whole}.safetensors")
             found = [watch.metrics, watch.norms, watch.samples]
-            Path(f"{job}.json").write_text(json.dumps(found))
+            Path(f"{whole}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.utilities import rank_zero_only
-from peft import PeftModel
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
@@ -42,7 +41,7 @@ from gift_lightning.collate import Batch, collate
 from gift_lightning.distribution import Distribution, Peaks
 from gift_lightning.head import ReferenceRows
 from gift_lightning.matmul import chunks, default_chunk
-from gift_lightning.modes import adapter_off, scoring
+from gift_lightning.modes import adapter_off, has_adapters, scoring
 from gift_lightning.order import MicroBatch
 from gift_lightning.policy import Policy, supervised_labels
 from gift_lightning.references import (
@@ -254,7 +253,7 @@ class CachedTopK(Reference):
         if self.source is not None:
             rows = self.source.rows(policy, batch)
         else:
-            off = adapter_off if isinstance(policy.model, PeftModel) else nullcontext
+            off = adapter_off if has_adapters(policy.model) else nullcontext
             with scoring(policy.model), off(policy.model):
                 rows = policy.projected(batch)
         for chunk in chunks(len(labels), default_chunk(policy.head.weight)):

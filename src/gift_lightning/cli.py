@@ -280,7 +280,9 @@ def main(args: Sequence[str] | None = None) -> None:
     if words[:1] == ["cache-reference"]:  # the CLI names a command after its method
         words[0] = "cache_reference"
     sys.path.insert(0, os.getcwd())  # a target in the user's own file: --model.target mine.Mine
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    # Read for every class that is named, which takes a second: only where it is shown.
+    shown = any(word == "-h" or word.endswith(("help", "comments")) for word in words)
+    set_parsing_settings(docstring_parse_attribute_docstrings=shown)
     # What Lightning says about itself, or about what is meant here.
     for said in (
         ".*LeafSpec.*",

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 import yaml
 from huggingface_hub import ModelCard
-from peft import AutoPeftModelForCausalLM, PeftModel
+from peft import AutoPeftModelForCausalLM
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
@@ -17,6 +17,7 @@ from gift_lightning.card import model_card
 from gift_lightning.cli import build_model
 from gift_lightning.errors import CommandParser
 from gift_lightning.models import base_model, for_export
+from gift_lightning.modes import has_adapters
 from gift_lightning.module import PolicyModule
 from gift_lightning.quantization import is_quantized, keep_layout, merged, unquantized
 from gift_lightning.sharding import is_folder_of_shards, read_shards
@@ -62,7 +63,7 @@ def main(words: Sequence[str]) -> None:
     with _whole(out) as part:
         module.export(str(part), model, ends, given.max_shard_size)
         base = given.merge and is_quantized(base_model(module.model)) and (given.base or _BASES[0])
-        adapters = isinstance(model, PeftModel)
+        adapters = has_adapters(model)
         card = model_card(run, checkpoint.name, module.about, adapters, base or None)
         (part / "README.md").write_text(card, encoding="utf-8")
         check(model, part)
@@ -99,16 +100,16 @@ def prepared(
     model: PreTrainedModel, merge: bool, dtype: str | None, base: str | None = None
 ) -> PreTrainedModel:
     """The model as it will be written."""
-    if merge and not isinstance(model, PeftModel):
+    if merge and not has_adapters(model):
         raise ValueError("--merge: the run has trained no adapters, drop it.")
     if base and not (merge and is_quantized(base_model(model))):
         raise ValueError(f"--base {base} is for --merge after training on a quantised base.")
-    if merge and isinstance(model, PeftModel):
+    if merge and has_adapters(model):
         onto = unquantized(model) if base == "original" else None
         model = merged(model, onto, wide=dtype == "float32")
     else:
         model = for_export(model)
-    if dtype and isinstance(model, PeftModel):
+    if dtype and has_adapters(model):
         raise ValueError(f"--dtype {dtype}: adapters stay as they are, add --merge.")
     if dtype:
         for parameter in model.parameters():  # rotary tables stay as they are, as when it is loaded
@@ -120,7 +121,7 @@ def prepared(
 @torch.no_grad()
 def check(model: PreTrainedModel, folder: Path) -> None:
     """Raises RuntimeError unless what lies in the folder computes what the model does."""
-    kind = AutoPeftModelForCausalLM if isinstance(model, PeftModel) else AutoModelForCausalLM
+    kind: Any = AutoPeftModelForCausalLM if has_adapters(model) else AutoModelForCausalLM
     quantized = {
         "quantization_config": getattr(model.config, "quantization_config", None),
         "device_map": {"": model.device},

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from gift_lightning.modes import has_adapters
 from gift_lightning.quantization import four_bit, keep_layout, merged
 
 DType = Literal["float32", "bfloat16", "float16", "auto"]
@@ -48,6 +48,8 @@ class Lora:
 
     def wrap(self, model: PreTrainedModel, revision: str | None = None) -> PreTrainedModel:
         """The model with adapters, which name their base and its revision when they are saved."""
+        from peft import LoraConfig, get_peft_model
+
         config = LoraConfig(
             r=self.r,
             lora_alpha=cast(int, self.alpha),
@@ -130,7 +132,11 @@ def causal_lm(
     try:
         if adapters and not (folder / "adapter_model.safetensors").is_file():
             raise OSError("adapters are only read from adapter_model.safetensors")
-        base = PeftConfig.from_pretrained(str(folder)) if adapters else None
+        base = None
+        if adapters:
+            import peft  # here and not above: it takes seconds
+
+            base = peft.PeftConfig.from_pretrained(str(folder))
         load: Any = AutoModelForCausalLM.from_pretrained if _reads_weights.get() else _unloaded
         model = load(
             base.base_model_name_or_path if base else embedded_path(pretrained),
@@ -155,7 +161,7 @@ def causal_lm(
     keep_layout(model)
     if adapters:
         if _reads_weights.get():
-            model = merged(PeftModel.from_pretrained(model, str(folder)))
+            model = merged(peft.PeftModel.from_pretrained(model, str(folder)))
         model.config._name_or_path = model.name_or_path = str(folder)
         model.requires_grad_(True)
     return _for_training(model, gradient_checkpointing, lora, revision)
@@ -236,14 +242,14 @@ def load_tokenizer(pretrained: str, gguf_file: str | None = None) -> PreTrainedT
 
 def base_model(model: PreTrainedModel) -> PreTrainedModel:
     """The transformers model inside adapters, or the model itself."""
-    return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+    return cast(PreTrainedModel, model.get_base_model() if has_adapters(model) else model)
 
 
 def for_export(model: PreTrainedModel) -> PreTrainedModel:
     """The model, or a copy with its adapters merged if their base cannot be loaded again (a GGUF
     file, random weights)."""
     again = getattr(base_model(model), "can_be_loaded_again", True)
-    return merged(model) if isinstance(model, PeftModel) and not again else model
+    return merged(model) if has_adapters(model) and not again else model
 
 
 def _unloaded(

@@ -6,12 +6,16 @@ with a stale adapter. Each context here takes a snapshot of every flag first and
 whatever happened inside.
 """
 
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 _ABSENT = object()
 # the last three are PEFT's: on its layers, on its wrappers and on the model
@@ -122,3 +126,10 @@ def _configs(model: nn.Module) -> list[Any]:
 
 def _copied(value: Any) -> Any:
     return list(value) if isinstance(value, list) else value
+
+
+def has_adapters(model: nn.Module) -> TypeGuard["PeftModel"]:
+    """Whether peft has wrapped it, without importing peft: that takes seconds, and most runs have
+    no adapters."""
+    peft = sys.modules.get("peft")
+    return peft is not None and isinstance(model, peft.PeftModel)

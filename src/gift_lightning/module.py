@@ -11,7 +11,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
-from peft import PeftModel
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel
@@ -21,6 +20,7 @@ from gift_lightning.diagnostics import peak_memory_gib
 from gift_lightning.functional import IGNORED
 from gift_lightning.guard import StepGuard, clip_gradients, gradient_norm
 from gift_lightning.models import base_model, for_export, load_tokenizer
+from gift_lightning.modes import has_adapters
 from gift_lightning.policy import Policy
 from gift_lightning.position import PositionedData
 from gift_lightning.quantization import is_quantized
@@ -95,7 +95,7 @@ class PolicyModule(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuses a model or a reference that would give wrong numbers, before any checkpoint."""
-        if stage == "fit" and is_quantized(self.model) and not isinstance(self.model, PeftModel):
+        if stage == "fit" and is_quantized(self.model) and not has_adapters(self.model):
             raise ValueError(
                 "a quantised model cannot be trained as a whole: set model.model.lora, or leave "
                 "load_in_4bit out."

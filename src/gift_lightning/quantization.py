@@ -3,11 +3,13 @@
 import copy
 import os
 from importlib.util import find_spec
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 def four_bit(dtype: str) -> dict[str, Any]:
@@ -52,7 +54,7 @@ def keep_layout(model: PreTrainedModel) -> None:
 
 
 def merged(
-    model: PeftModel, base: PreTrainedModel | None = None, wide: bool = False
+    model: "PeftModel", base: PreTrainedModel | None = None, wide: bool = False
 ) -> PreTrainedModel:
     """A copy of the model with its adapters in the weights.
 
@@ -63,18 +65,23 @@ def merged(
         base: another base to merge into, which is changed.
         wide: add in float32, and leave the weights so.
     """
+    import peft  # here and not above: it takes seconds
+
     model = copy.deepcopy(model)
     if base is not None or is_quantized(cast(PreTrainedModel, model.get_base_model())):
-        config, adapters = model.peft_config[model.active_adapter], get_peft_model_state_dict(model)
+        config, adapters = (
+            model.peft_config[model.active_adapter],
+            peft.get_peft_model_state_dict(model),
+        )
         bare: Any = model.unload()
-        model = cast(PeftModel, get_peft_model(base or bare.dequantize(), config))
-        set_peft_model_state_dict(model, adapters)
+        model = cast(peft.PeftModel, peft.get_peft_model(base or bare.dequantize(), config))
+        peft.set_peft_model_state_dict(model, adapters)
     if wide:
         model.float()
     return cast(PreTrainedModel, model.merge_and_unload())
 
 
-def unquantized(model: PeftModel) -> PreTrainedModel:
+def unquantized(model: "PeftModel") -> PreTrainedModel:
     """The base of adapters as it was before quantisation, loaded again.
 
     Raises:

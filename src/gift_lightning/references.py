@@ -7,7 +7,6 @@ from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
-from peft import PeftModel
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedTokenizerBase
@@ -16,7 +15,7 @@ from gift_lightning.collate import Batch
 from gift_lightning.distribution import Distribution
 from gift_lightning.head import ProjectedRows, ReferenceRows
 from gift_lightning.models import DType, causal_lm, load_tokenizer
-from gift_lightning.modes import adapter_off, scoring
+from gift_lightning.modes import adapter_off, has_adapters, scoring
 from gift_lightning.policy import Policy, supervised_labels
 from gift_lightning.quantization import is_quantized
 from gift_lightning.skeleton import full, sharded_like
@@ -100,7 +99,7 @@ def require_intact_base(policy: Policy) -> None:
     Raises:
         ValueError: if the model without its adapters is not the base.
     """
-    if not isinstance(policy.model, PeftModel):
+    if not has_adapters(policy.model):
         return
     for name, config in policy.model.peft_config.items():
         start = getattr(config, "init_lora_weights", True)
@@ -260,7 +259,7 @@ class AdapterOff(Reference):
     """The base under the adapters that are being trained: no second copy of the model."""
 
     def setup(self, policy: Policy) -> None:
-        if not isinstance(policy.model, PeftModel):
+        if not has_adapters(policy.model):
             raise ValueError(
                 "reference AdapterOff needs adapters to turn off: set model.model.lora, or use "
                 "reference FrozenCopy."

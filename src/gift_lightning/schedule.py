@@ -1,16 +1,16 @@
 """Learning-rate schedules by name, with warm-up as a fraction or in steps."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
-from transformers import get_scheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """A schedule of transformers over the run's optimizer steps."""
+    """A schedule over the run's optimizer steps."""
 
     name: Literal["constant", "linear", "cosine", "warmup_stable_decay"] = "constant"
     """Shape after the warm-up; warmup_stable_decay is known as WSD."""
@@ -35,21 +35,41 @@ class Schedule:
         Raises:
             ValueError: if warm-up and decay do not fit into the run.
         """
-        warmup = _steps(self.warmup, num_steps)
-        decay = _steps(self.decay, num_steps) if self.name == "warmup_stable_decay" else 0
+        warmup, decay = self._lengths(num_steps)
         if warmup + decay > num_steps:
             raise ValueError(
                 f"schedule: warm-up of {warmup} and decay of {decay} steps do not fit into a run "
                 f"of {num_steps}: shorten model.schedule.warmup or train longer."
             )
-        wsd = {"num_decay_steps": decay, "min_lr_ratio": self.min_lr_ratio}
-        return get_scheduler(
-            "constant_with_warmup" if self.name == "constant" else self.name,
-            optimizer,
-            num_warmup_steps=warmup,
-            num_training_steps=num_steps,
-            scheduler_specific_kwargs=wsd if self.name == "warmup_stable_decay" else None,
-        )
+        return LambdaLR(optimizer, lambda step: self.factor(step, num_steps))
+
+    def factor(self, step: int, num_steps: int) -> float:
+        """What the peak is multiplied by before a step, the first being 0.
+
+        As in transformers 5 (optimization.py), whose module takes seconds to import; behind the
+        end it stays, where a cosine there rises again.
+        """
+        warmup, decay = self._lengths(num_steps)
+        left = max(0, num_steps - step)
+        if step < warmup:
+            part = step / warmup
+        elif left > decay or decay == 0:
+            part = 1.0
+        elif self.name == "linear":
+            part = left / decay
+        else:
+            part = (1 + math.cos(math.pi * (1 - left / decay))) / 2
+        floor = self.min_lr_ratio if self.name == "warmup_stable_decay" else 0.0
+        return floor + (1 - floor) * part
+
+    def _lengths(self, num_steps: int) -> tuple[int, int]:
+        """Steps of warm-up and of decay."""
+        warmup = _steps(self.warmup, num_steps)
+        if self.name == "constant":
+            return warmup, 0
+        if self.name == "warmup_stable_decay":
+            return warmup, _steps(self.decay, num_steps)
+        return warmup, max(0, num_steps - warmup)
 
 
 def _steps(length: float, num_steps: int) -> int:

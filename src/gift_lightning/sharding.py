@@ -10,7 +10,6 @@ from lightning.fabric.plugins.collectives.torch_collective import default_pg_tim
 from lightning.fabric.utilities.load import _METADATA_FILENAME
 from lightning.fabric.utilities.types import ReduceOp
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
-from peft import PeftModel
 from torch import Tensor
 from torch.distributed import checkpoint
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
@@ -23,6 +22,7 @@ from torch.distributed.tensor.parallel import (
 from torch.optim import Optimizer
 
 from gift_lightning.branches import blocks
+from gift_lightning.modes import has_adapters
 from gift_lightning.policy import Policy
 from gift_lightning.quantization import is_quantized
 from gift_lightning.skeleton import Skeleton, full, sharded_like
@@ -184,8 +184,8 @@ def tensor_plan(policy: Policy, size: int) -> dict[str, ParallelStyle]:
     key = f"trainer.strategy.tensor_parallel_size={size}"
     config = policy.base.config.get_text_config()
     plan = getattr(config, "base_model_tp_plan", None) or {"": "none"}
-    if isinstance(policy.model, PeftModel) or not _STYLES.keys() >= set(plan.values()):
-        kind = "adapters" if isinstance(policy.model, PeftModel) else type(policy.base).__name__
+    if has_adapters(policy.model) or not _STYLES.keys() >= set(plan.values()):
+        kind = "adapters" if has_adapters(policy.model) else type(policy.base).__name__
         raise ValueError(f"{key} does not split {kind}: leave it at 1.")
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
         if (count := getattr(config, name, 0)) % size:

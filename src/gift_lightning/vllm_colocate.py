@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 import torch.distributed
-from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gift_lightning.generation import Completion
+from gift_lightning.modes import has_adapters
 from gift_lightning.rollouts import RolloutEngine, Sampling
 from gift_lightning.vllm_sampling import logprobs_mode, parameters
 from gift_lightning.vllm_weights import Handover, check_adapters, max_lora_rank
@@ -88,7 +88,7 @@ class VLLMColocate(RolloutEngine):
         self._wake()
 
         def load(name: str, folder: Path) -> None:
-            if isinstance(model, PeftModel):
+            if has_adapters(model):
                 number = int(name.rpartition("-")[2])
                 self._adapter = LoRARequest(name, number, str(folder))
                 self._llm.llm_engine.add_lora(self._adapter)

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed
-from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gift_lightning.generation import Completion
+from gift_lightning.modes import has_adapters
 from gift_lightning.rollouts import RolloutEngine, Sampling
 from gift_lightning.vllm_checks import check_server, served_model
 from gift_lightning.vllm_client import VLLMClient
@@ -105,7 +105,7 @@ class VLLMServerRollout(RolloutEngine):
         return None if self._server is None else self._server.death()
 
     def sync(self, model: PreTrainedModel) -> None:
-        adapters = isinstance(model, PeftModel)
+        adapters = has_adapters(model)
 
         def load(name: str, folder: Path) -> None:
             if adapters:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gift_lightning.models import base_model
+from gift_lightning.modes import has_adapters
 
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM can make room for
 _UNSERVED = (
@@ -70,7 +70,7 @@ class Handover:
         self._version += 1
         before, name = self.name, f"{self._run}-{self._version}"
         folder = self.folder / name
-        if isinstance(model, PeftModel):
+        if has_adapters(model):
             # Without a look at the hub whether the embedding has grown.
             model.save_pretrained(
                 str(folder), selected_adapters=["default"], save_embedding_layers=False
@@ -115,9 +115,9 @@ def _write(base: PreTrainedModel, folder: Path) -> None:
 
 def check_adapters(model: PreTrainedModel) -> None:
     """Raises ValueError if vLLM would not serve the policy's adapters, or as something else."""
-    if not isinstance(model, PeftModel):
+    if not has_adapters(model):
         return
-    config = model.peft_config["default"]
+    config: Any = model.peft_config["default"]
     for name in _UNSERVED:
         if getattr(config, name, None):
             raise ValueError(
@@ -138,6 +138,7 @@ def check_adapters(model: PreTrainedModel) -> None:
 
 def max_lora_rank(model: PreTrainedModel) -> int | None:
     """What vLLM is told as such; None without adapters."""
-    if not isinstance(model, PeftModel):
+    if not has_adapters(model):
         return None
-    return next(rank for rank in _RANKS if rank >= model.peft_config["default"].r)
+    config: Any = model.peft_config["default"]
+    return next(rank for rank in _RANKS if rank >= config.r)

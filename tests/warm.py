@@ -1,0 +1,65 @@
+"""Processes that start with the package imported: one per test process imports, the others are its
+forks. Importing takes longer than most of what tests start, and is the same each time."""
+
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.strategies import DDPStrategy
+
+context = multiprocessing.get_context("forkserver")  # conftest.py says what it imports
+
+
+def two_processes() -> dict[str, Any]:
+    """Lightning's options for DDP in two such processes; for a module that can be pickled."""
+    return {"strategy": DDPStrategy(start_method="forkserver"), "devices": 2}
+
+
+def start(words: Sequence[str], folder: Path, env: dict[str, str], log: Path) -> BaseProcess:
+    """`python WORDS` in a folder, where words are `-m MODULE ...` or `SCRIPT ...`, with all that it
+    says written to `log` and `log` + `.err`."""
+    process = context.Process(target=_become, args=(list(words), str(folder), env, str(log)))
+    process.start()
+    return process
+
+
+def run(
+    words: Sequence[str], folder: Path, env: dict[str, str] | None = None, timeout: float = 600
+) -> "subprocess.CompletedProcess[str]":
+    """What `subprocess.run([sys.executable, *words], text=True)` gives."""
+    with tempfile.TemporaryDirectory() as place:
+        out = Path(place, "out")
+        process = start(words, folder, dict(os.environ) if env is None else env, out)
+        process.join(timeout)
+        assert process.exitcode is not None, f"still running: {words}"
+        said = [Path(path).read_text() for path in (out, f"{out}.err")]
+        return subprocess.CompletedProcess(words, process.exitcode, *said)
+
+
+def gift(words: Sequence[str], folder: Path, **env: str) -> str:
+    """What `gift WORDS` prints; it must succeed."""
+    done = run(["-m", "gift_lightning", *words], folder, {**os.environ, **env})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def _become(words: list[str], folder: str, env: dict[str, str], log: str) -> None:
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(env)
+    for stream, path in ((sys.stdout, log), (sys.stderr, f"{log}.err")):
+        with open(path, "wb") as file:
+            os.dup2(file.fileno(), stream.fileno())
+    if words[0] == "-m":
+        sys.argv, sys.path[0:0] = words[1:], [folder]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv, sys.path[0:0] = words, [str(Path(words[0]).parent)]
+        runpy.run_path(words[0], run_name="__main__")
