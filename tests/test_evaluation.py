@@ -26,7 +26,6 @@ from gift_lightning.rewards import Reward
 from gift_lightning.run import Report
 from gift_lightning.sampler import Sampler
 from gift_lightning.seeds import keyed_seed
-from warm import two_processes
 
 
 def right(text, share):
@@ -452,7 +451,7 @@ def test_two_processes_measure_what_one_does(tmp_path):
     found = []
     for folder, options in (
         ("one", {}),
-        ("two", {**two_processes(), "use_distributed_sampler": False}),
+        ("two", {"strategy": "ddp_fork", "devices": 2, "use_distributed_sampler": False}),
     ):
         callback = InSpawned(
             num_samples=4, ks=(1, 4), max_new_tokens=6, rewards=["test_evaluation.Share"]

@@ -17,7 +17,6 @@ from gift_lightning.prompts import PromptData
 from gift_lightning.targets import DFT, LUFFYShaping, OneHot
 from test_grpo import Keep, here, weights
 from test_hybrid import RL, demonstrations, fit, gradients, hybrid, model, prompts, trainer
-from warm import two_processes
 
 NAN = math.nan
 GROUPS = Groups(
@@ -222,7 +221,7 @@ def test_two_processes_train_as_one_does():
     """They share the scoring of demonstrations, and deal them like completions."""
     make, options = GATES["LUFFY"]
     found = []
-    for parts, ranks in ((2, {}), (1, two_processes())):
+    for parts, ranks in ((2, {}), (1, {"strategy": "ddp_fork", "devices": 2})):
         module = hybrid(make(), max_completion_length=8, **options)
         start = weights(module)
         run = trainer(4, accumulate_grad_batches=parts, **ranks)

@@ -20,7 +20,6 @@ from gift_lightning.policy_loss import PolicyObjective
 from gift_lightning.problems import CountdownProblems, Problem, Problems
 from gift_lightning.prompts import PromptData
 from gift_lightning.references import FrozenCopy
-from warm import two_processes
 
 OURS = {"Even", "Nothing", "Rare", "Sometimes"}
 
@@ -121,7 +120,7 @@ def test_two_processes_train_as_one_does(options, tmp_path):
     """Over two rollouts of two steps and two passes, with Lightning's own DDP; of a rank's share of
     a step nothing may have signal."""
     found, start = [], weights(grpo())
-    for batch_size, ranks in ((8, {}), (4, two_processes())):
+    for batch_size, ranks in ((8, {}), (4, {"strategy": "ddp_fork", "devices": 2})):
         module = grpo(reference=FrozenCopy() if "kl_weight" in options else None, **options)
         prompts = data(batch_size=batch_size, num_iterations=2)
         fit(module, prompts, steps=8, folder=tmp_path, **ranks)

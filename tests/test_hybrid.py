@@ -21,7 +21,6 @@ from gift_lightning.references import FrozenCopy
 from gift_lightning.sft import SFT
 from gift_lightning.targets import GIFT, CHORDPhi, Distillation
 from test_grpo import Keep, here, weights
-from warm import two_processes
 
 RL = {"max_completion_length": 16, "reward_workers": 1}
 
@@ -175,7 +174,7 @@ def test_two_processes_train_as_one_does(estimator, reward, tmp_path):
     kl_target = 0.02 if estimator == "gradient" else None  # for which all completions are trained
     found = []
     options = {"max_completion_length": 8, "reference": FrozenCopy()}
-    for parts, ranks in ((4, {}), (2, two_processes())):
+    for parts, ranks in ((4, {}), (2, {"strategy": "ddp_fork", "devices": 2})):
         gac = GAC(
             update_every=1, ema_beta=0.5, change_cap=0.05, estimator=estimator, kl_target=kl_target
         )

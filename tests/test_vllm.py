@@ -36,7 +36,6 @@ from gift_lightning.vllm_sampling import logprobs_mode
 from gift_lightning.vllm_server import Launch, VLLMServer
 from gift_lightning.vllm_weights import Handover, check_adapters
 from test_rollouts import dense, experience
-from warm import two_processes
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -252,7 +251,7 @@ def test_five_steps_are_sampled_from_the_new_weights(url, kind):
 def test_two_processes_sample_as_one_does(url):
     """Each asks for its share; the weights are handed over once."""
     found = []
-    for options in ({}, two_processes()):
+    for options in ({}, {"strategy": "ddp_fork", "devices": 2}):
         module = trained("lora", VLLMServerRollout(url, timeout=120.0), 2, **options)
         learned = [p.detach().flatten() for p in module.parameters() if p.requires_grad]
         found.append(torch.cat(learned))

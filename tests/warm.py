@@ -10,16 +10,8 @@ import tempfile
 from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
-
-from lightning.pytorch.strategies import DDPStrategy
 
 context = multiprocessing.get_context("forkserver")  # conftest.py says what it imports
-
-
-def two_processes() -> dict[str, Any]:
-    """Lightning's options for DDP in two such processes; for a module that can be pickled."""
-    return {"strategy": DDPStrategy(start_method="forkserver"), "devices": 2}
 
 
 def start(words: Sequence[str], folder: Path, env: dict[str, str], log: Path) -> BaseProcess:
