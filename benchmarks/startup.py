@@ -3,7 +3,8 @@
     python benchmarks/startup.py --tokenizer SMOLLM2_FOLDER
 
 The first step is that of configs/quickstart.yaml, with all that comes before it: imports, the
-embedded model, the data, and the whole validation that is step 0 of every curve. The data are
+embedded model, the data, and the whole validation that is step 0 of every curve. `--config` takes
+another. The data are
 loaded and tokenised twice, into an empty cache and from it; imports are not in that.
 """
 
@@ -37,11 +38,11 @@ def help_seconds(threads: int) -> float:
     return time.perf_counter() - begin
 
 
-def fit_seconds(threads: int, folder: str) -> float:
+def fit_seconds(config: str, threads: int, folder: str) -> float:
     said = "the first step is done"  # by first_step.FirstStep
     command = [
         *(sys.executable, "-m", "gift_lightning", "fit"),
-        *("--config", str(ROOT / "configs" / "quickstart.yaml")),
+        *("--config", config),
         *("--trainer.default_root_dir", folder, "--trainer.enable_progress_bar", "false"),
         "--trainer.callbacks+=first_step.FirstStep",
     ]
@@ -89,6 +90,7 @@ def main() -> None:
         "--data", default=str(ROOT.parent / "shared" / "data" / "gsm8k_train.jsonl")
     )
     parser.add_argument("--tokenizer", default="gift:countdown")
+    parser.add_argument("--config", default=str(ROOT / "configs" / "quickstart.yaml"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--cell", help=argparse.SUPPRESS)
@@ -100,7 +102,9 @@ def main() -> None:
     for _ in range(options.repeats):
         with tempfile.TemporaryDirectory() as folder:
             runs[HELP].append({"seconds": help_seconds(options.threads)})
-            runs[FIT].append({"seconds": fit_seconds(options.threads, f"{folder}/run")})
+            runs[FIT].append(
+                {"seconds": fit_seconds(options.config, options.threads, f"{folder}/run")}
+            )
             for cell in (TOKENS, AGAIN):
                 runs[cell].append({"seconds": data_seconds(options, f"{folder}/cache")})
     print(f"{machine(options.threads, options.repeats)}\n")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import test_cli
 import warm
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -105,8 +106,9 @@ def test_ddp(repository: Path) -> None:
 def test_startup(repository: Path, tmp_path) -> None:
     data = [{"question": f"{i} + 1 =", "answer": str(i + 1)} for i in range(1200)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, data)))
-    flags = [f"--data={tmp_path / 'rows.jsonl'}", "--repeats=1"]
-    found = rows(script(repository, "startup.py", *flags))
+    (tmp_path / "tiny.yaml").write_text(test_cli.TINY)
+    flags = [f"--data={tmp_path / 'rows.jsonl'}", f"--config={tmp_path / 'tiny.yaml'}"]
+    found = rows(script(repository, "startup.py", *flags, "--repeats=1"))
     seconds = {name: float(row[0]) for name, row in found.items() if row[0][0].isdigit()}
     assert seconds["gift --help"] < seconds["gift fit, to the first step"]
     assert seconds["data, second start"] < seconds["data, first start"]

@@ -23,7 +23,7 @@ from gift_lightning.sharding import check_names, is_folder_of_shards, tensor_pla
 
 SCRIPT = Path(two_ranks.__file__)
 RESUMED = ["psft", "gift_adapter_off", "grpo_kl"]  # inside an epoch, and inside a rollout
-SPLIT = ["sft_untied", "psft", "grpo_kl", "hybrid"]
+SPLIT = ["sft_untied", "psft", "hybrid"]
 UNDER_DDP = ["gift_trust", "gift_cached", "hybrid", *RESUMED]
 
 

@@ -106,7 +106,6 @@ def hybrid(**options: Any) -> Case:
 CASES: dict[str, Callable[[], Case]] = {
     "sft": sft,
     "sft_untied": lambda: sft(tied=False),
-    "lora": lambda: sft(lora=True),
     "gift_frozen": lambda: sft(GIFT(5.0), reference=FrozenCopy()),
     "gift_frozen_untied": lambda: sft(GIFT(5.0), tied=False, reference=FrozenCopy()),
     "gift_trust": lambda: sft(GIFT(trust=0.9), reference=FrozenCopy(), reduction="sequence"),
@@ -114,7 +113,6 @@ CASES: dict[str, Callable[[], Case]] = {
     "gift_cached": lambda: sft(GIFT(5.0), reference=CachedTopK(CACHE, k=8)),
     "psft": lambda: sft(PSFT(), old_policy_every=3),
     "psft_lora": lambda: sft(PSFT(), lora=True, old_policy_every=3),
-    "grpo": grpo,
     "grpo_kl": lambda: grpo(reference=FrozenCopy(), kl_weight=0.1),
     "grpo_kl_lora": lambda: grpo(lora=True, reference=AdapterOff(), kl_weight=0.1),
     "hybrid": lambda: hybrid(target=GIFT(5.0), reference=FrozenCopy()),
