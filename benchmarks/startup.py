@@ -3,9 +3,9 @@
     python benchmarks/startup.py --tokenizer SMOLLM2_FOLDER
 
 The first step is that of configs/quickstart.yaml, with all that comes before it: imports, the
-embedded model, the data, and the whole validation that is step 0 of every curve. `--config` takes
-another. The data are
-loaded and tokenised twice, into an empty cache and from it; imports are not in that.
+embedded model, the data, and the whole validation that is step 0 of every curve; `--config` takes
+another. The data are loaded and tokenised twice, into an empty cache and from it; imports are not
+in that.
 """
 
 import argparse

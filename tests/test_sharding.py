@@ -46,10 +46,10 @@ def start(folder: Path, strategy: str, ranks: int, jobs: list[str]) -> None:
             own |= {**group, "RANK": str(rank), "LOCAL_RANK": str(rank)}
         words = [str(SCRIPT), strategy, str(folder), *jobs]
         log = folder / f"{strategy}-{ranks}-{rank}.log"
-        processes.append(warm.start(words, folder, own, log))
-    for process in processes:
+        processes.append((warm.start(words, folder, own, log), Path(f"{log}.err")))
+    for process, said in processes:
         process.join(1500)
-        assert process.exitcode == 0, folder
+        assert process.exitcode == 0, said.read_text()[-3000:]
 
 
 @pytest.fixture(scope="module")

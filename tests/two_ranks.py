@@ -113,6 +113,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "gift_cached": lambda: sft(GIFT(5.0), reference=CachedTopK(CACHE, k=8)),
     "psft": lambda: sft(PSFT(), old_policy_every=3),
     "psft_lora": lambda: sft(PSFT(), lora=True, old_policy_every=3),
+    "grpo": grpo,
     "grpo_kl": lambda: grpo(reference=FrozenCopy(), kl_weight=0.1),
     "grpo_kl_lora": lambda: grpo(lora=True, reference=AdapterOff(), kl_weight=0.1),
     "hybrid": lambda: hybrid(target=GIFT(5.0), reference=FrozenCopy()),
@@ -137,7 +138,7 @@ class Watch(pl.Callback):
         self.metrics = {k: float(v) for k, v in found if k.startswith("val")}
 
 
-def fit(strategy: Any, case: Case, save: Path | None, load: Path | None) -> Watch:
+def fit(strategy: Any, case: Case, steps: int, save: Path | None, load: Path | None) -> Watch:
     pl.seed_everything(0, verbose=False)
     module, data, options = case
     callbacks: list[pl.Callback] = [Watch()]
@@ -145,7 +146,7 @@ def fit(strategy: Any, case: Case, save: Path | None, load: Path | None) -> Watc
         saver = ModelCheckpoint(save.parent, save.stem, every_n_train_steps=STOP, save_top_k=-1)
         callbacks.append(saver)
     trainer = pl.Trainer(
-        max_steps=STOP if save and "shards" in save.name else STEPS,
+        max_steps=steps,
         max_epochs=-1,
         accelerator="cpu",
         strategy=strategy,
@@ -186,19 +187,21 @@ def main(strategy: str, folder: str, *jobs: str) -> None:
             used = FSDP2(tensor_parallel_size=2)
         elif "shards" in path:
             used = FSDP2(save_distributed_checkpoint=True)
+        ends = verb == "save" and "shards" in path
         watch = fit(
             used,
             case,
+            STOP if ends else STEPS,
             checkpoint if verb == "save" else None,
             checkpoint if verb == "load" else None,
         )
         state = case[0].policy.whole().state_dict()
         if RANK == 0:
-            whole = name if verb == "save" and "shards" not in path else job
+            called = name if verb == "save" and not ends else job
             weights = {k: v.clone().contiguous() for k, v in state.items()}
-            save_file(weights, f"{whole}.safetensors")
+            save_file(weights, f"{called}.safetensors")
             found = [watch.metrics, watch.norms, watch.samples]
-            Path(f"{whole}.json").write_text(json.dumps(found))
+            Path(f"{called}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

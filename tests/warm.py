@@ -22,22 +22,22 @@ def start(words: Sequence[str], folder: Path, env: dict[str, str], log: Path) ->
     return process
 
 
-def run(
-    words: Sequence[str], folder: Path, env: dict[str, str] | None = None, timeout: float = 600
-) -> "subprocess.CompletedProcess[str]":
+def run(words: Sequence[str], folder: Path, **env: str) -> "subprocess.CompletedProcess[str]":
     """What `subprocess.run([sys.executable, *words], text=True)` gives."""
     with tempfile.TemporaryDirectory() as place:
         out = Path(place, "out")
-        process = start(words, folder, dict(os.environ) if env is None else env, out)
-        process.join(timeout)
-        assert process.exitcode is not None, f"still running: {words}"
+        process = start(words, folder, {**os.environ, **env}, out)
+        process.join(600)
+        if process.exitcode is None:
+            process.kill()  # the end of the tests would wait for it
+            raise TimeoutError(f"still running: {words}")
         said = [Path(path).read_text() for path in (out, f"{out}.err")]
         return subprocess.CompletedProcess(words, process.exitcode, *said)
 
 
 def gift(words: Sequence[str], folder: Path, **env: str) -> str:
     """What `gift WORDS` prints; it must succeed."""
-    done = run(["-m", "gift_lightning", *words], folder, {**os.environ, **env})
+    done = run(["-m", "gift_lightning", *words], folder, **env)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

@@ -9,9 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Scalar = float | Tensor
-
-
-_CACHED = 1 << 19  # numbers
+_CACHED = 1 << 19  # numbers that a core's cache holds
 
 
 @dataclass(frozen=True)

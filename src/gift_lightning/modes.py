@@ -104,6 +104,13 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
         yield
 
 
+def has_adapters(model: nn.Module) -> TypeGuard["PeftModel"]:
+    """Whether peft has wrapped it, without importing peft: that takes seconds, and most runs have
+    no adapters."""
+    peft = sys.modules.get("peft")
+    return peft is not None and isinstance(model, peft.PeftModel)
+
+
 def _inference(model: nn.Module, use_cache: bool) -> None:
     for module in model.modules():
         module.training = False
@@ -126,10 +133,3 @@ def _configs(model: nn.Module) -> list[Any]:
 
 def _copied(value: Any) -> Any:
     return list(value) if isinstance(value, list) else value
-
-
-def has_adapters(model: nn.Module) -> TypeGuard["PeftModel"]:
-    """Whether peft has wrapped it, without importing peft: that takes seconds, and most runs have
-    no adapters."""
-    peft = sys.modules.get("peft")
-    return peft is not None and isinstance(model, peft.PeftModel)
