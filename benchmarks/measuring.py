@@ -58,6 +58,7 @@ def start(file: str, cell: str, flags: Sequence[str], threads: int) -> subproces
     environment = os.environ | {
         "OMP_NUM_THREADS": str(threads),
         "GIFT_CACHE": "",
+        "THP_MEM_ALLOC_ENABLE": "1",  # as `gift` sets it; for the others too
         "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]),
     }
     command = [sys.executable, file, f"--threads={threads}", *flags, f"--cell={cell}"]

@@ -1,7 +1,9 @@
 """The commands of `gift`: its help comes at once, and only what is asked for is imported."""
 
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from gift_lightning import __version__
 
@@ -21,6 +23,9 @@ APART = {
     "plan": "tell how much memory a run takes on each device, by the flags of fit",
 }
 """Commands with a module of their name, whose `main` takes the words behind it."""
+
+
+_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")
 
 
 def usage() -> str:
@@ -49,6 +54,8 @@ def main(args: Sequence[str] | None = None) -> None:
     elif words[0] == "--version":
         print(f"gift-lightning {__version__}")
     else:
+        if _HUGE_PAGES.exists():  # Linux; PyTorch reads it once, and allocates large CPU tensors so
+            os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         from gift_lightning import cli  # lightning and transformers take seconds to import
 
         cli.main(words)
