@@ -11,8 +11,10 @@ for GIFT, the frozen copy. TRL needs the `bench` extra.
 
 import argparse
 import json
+import statistics
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from measuring import Clock, has_trl, machine, markdown, median, run_cells
 BARE, SFT, TRL = "bare PyTorch loop", "SFT", "TRL SFTTrainer"
 GIFT_CACHED, GIFT_ONLINE = "GIFT, cached reference", "GIFT, frozen copy"
 CELLS = [BARE, SFT, TRL, GIFT_CACHED, GIFT_ONLINE]
+PRODUCTS = "the head's products"
 LR = 1e-5
 
 
@@ -178,6 +181,33 @@ def trl(options: argparse.Namespace) -> dict[str, float]:
     return clock.found()
 
 
+def products(options: argparse.Namespace) -> dict[str, float]:
+    """Milliseconds of what a step multiplies for one chunk of tokens, and of one forward again.
+
+    The logits, and the gradients of hidden states and weights, have equally many operations.
+    """
+    import torch
+
+    weight = policy(options).get_output_embeddings().weight.detach()
+    hidden = torch.randn(2**24 // len(weight), weight.shape[1])
+    logits = torch.randn(len(hidden), len(weight))
+
+    def milliseconds(product: Callable[[], Any]) -> float:
+        times = []
+        for _ in range(12):
+            begin = time.perf_counter()
+            product()
+            times.append(time.perf_counter() - begin)
+        return 1e3 * statistics.median(times[2:])
+
+    gradient = torch.zeros_like(weight)
+    return {
+        "forward": milliseconds(lambda: hidden @ weight.T),
+        "hidden": milliseconds(lambda: logits @ weight),
+        "weight": milliseconds(lambda: gradient.addmm_(logits.T, hidden)),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="folder of a pretrained model; by default a small Llama")
@@ -196,7 +226,7 @@ def main() -> None:
         import torch
 
         torch.set_num_threads(options.threads)
-        run = {BARE: bare, TRL: trl}.get(options.cell, ours)
+        run = {BARE: bare, TRL: trl, PRODUCTS: products}.get(options.cell, ours)
         print(json.dumps(run(options)))
         return
     names = ("vocab", "width", "layers", "batch", "length", "steps", "skip")
@@ -233,6 +263,13 @@ def main() -> None:
             print(
                 f"- {other}: {seconds[other] / seconds[SFT]:.2f}x and {mib[SFT] / mib[other]:.2f}x"
             )
+    alone = run_cells(__file__, [PRODUCTS], flags, options.threads, options.repeats)[PRODUCTS]
+    forward, *backward = (median(alone, x) for x in ("forward", "hidden", "weight"))
+    print(
+        f"\nA chunk's logits take {forward:.0f} ms, the gradients of hidden states and weights "
+        f"{backward[0]:.0f} and {backward[1]:.0f}: a frozen copy's logits beside them make it "
+        f"{1 + forward / (forward + sum(backward)):.2f}x the time."
+    )
 
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@
     python benchmarks/startup.py --tokenizer SMOLLM2_FOLDER
 
 The first step is that of configs/quickstart.yaml, with all that comes before it: imports, the
-embedded model, the data, and the whole validation that is step 0 of every curve; `--config` takes
-another. The data are loaded and tokenised twice, into an empty cache and from it; imports are not
-in that.
+embedded model, the data, and the whole validation that is step 0 of every curve; once without its
+callback, whose validation samples 16 completions of each problem, and once as it is. `--config`
+takes another. The data are loaded and tokenised twice, into an empty cache and from it; imports are
+not in that.
 """
 
 import argparse
@@ -19,7 +20,8 @@ from pathlib import Path
 
 from measuring import ROOT, Runs, machine, markdown, median
 
-HELP, FIT = "gift --help", "gift fit, to the first step"
+HELP = "gift --help"
+FIT, SAMPLED = "gift fit, to the first step", "the same behind an evaluation by sampling"
 TOKENS, AGAIN = "data, first start", "data, second start"
 
 
@@ -38,13 +40,13 @@ def help_seconds(threads: int) -> float:
     return time.perf_counter() - begin
 
 
-def fit_seconds(config: str, threads: int, folder: str) -> float:
+def fit_seconds(config: str, callbacks: str, threads: int, folder: str) -> float:
     said = "the first step is done"  # by first_step.FirstStep
     command = [
         *(sys.executable, "-m", "gift_lightning", "fit"),
         *("--config", config),
         *("--trainer.default_root_dir", folder, "--trainer.enable_progress_bar", "false"),
-        "--trainer.callbacks+=first_step.FirstStep",
+        f"--trainer.callbacks{callbacks}first_step.FirstStep",
     ]
     begin = time.perf_counter()
     with subprocess.Popen(
@@ -98,13 +100,15 @@ def main() -> None:
     if options.cell:
         print(json.dumps(prepare(options)))
         return
-    runs: Runs = {HELP: [], FIT: [], TOKENS: [], AGAIN: []}
+    runs: Runs = {HELP: [], FIT: [], SAMPLED: [], TOKENS: [], AGAIN: []}
     for _ in range(options.repeats):
         with tempfile.TemporaryDirectory() as folder:
             runs[HELP].append({"seconds": help_seconds(options.threads)})
-            runs[FIT].append(
-                {"seconds": fit_seconds(options.config, options.threads, f"{folder}/run")}
-            )
+            for cell, callbacks in ((FIT, "="), (SAMPLED, "+=")):
+                seconds = fit_seconds(
+                    options.config, callbacks, options.threads, f"{folder}/{len(callbacks)}"
+                )
+                runs[cell].append({"seconds": seconds})
             for cell in (TOKENS, AGAIN):
                 runs[cell].append({"seconds": data_seconds(options, f"{folder}/cache")})
     print(f"{machine(options.threads, options.repeats)}\n")
