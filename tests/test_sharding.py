@@ -8,9 +8,11 @@ import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.strategies import FSDPStrategy
 from safetensors.torch import load_file
 from transformers import OPTConfig, OPTForCausalLM
 
@@ -25,6 +27,7 @@ SCRIPT = Path(two_ranks.__file__)
 RESUMED = ["psft", "gift_adapter_off", "grpo_kl"]  # inside an epoch, and inside a rollout
 SPLIT = ["sft_untied", "psft", "hybrid"]
 UNDER_DDP = ["gift_trust", "gift_cached", "hybrid", *RESUMED]
+UNDER_FSDP1 = ["sft", "sft_untied", "gift_cached", "grpo"]
 
 
 def jobs_of(cases: Iterable[str], kind: str, saved: Sequence[str] = RESUMED) -> list[str]:
@@ -56,7 +59,7 @@ def start(folder: Path, strategy: str, ranks: int, jobs: list[str]) -> None:
 def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All cases in one process, and checkpoints of some."""
     folder = tmp_path_factory.mktemp("one")
-    start(folder, "auto", 1, jobs_of(two_ranks.CASES, "one"))
+    start(folder, "auto", 1, jobs_of(two_ranks.CASES, "one", [*RESUMED, "grpo"]))
     return folder
 
 
@@ -102,12 +105,21 @@ def tensor(one: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def resumed(one: Path, ddp: Path, fsdp2: Path, tensor: Path) -> Path:
+def fsdp1(one: Path) -> Path:
+    """Some under FSDP1, which goes on from the one's checkpoint and leaves its own."""
+    folder = after("fsdp1", one)
+    start(folder, "fsdp", 2, [*jobs_of(UNDER_FSDP1, "fsdp1", ["grpo"]), "grpo:load:grpo-one.ckpt"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def resumed(one: Path, ddp: Path, fsdp2: Path, fsdp1: Path, tensor: Path) -> Path:
     """One process that goes on from the checkpoints of two."""
-    folder = after("resumed", one, ddp, fsdp2, tensor)
+    folder = after("resumed", one, ddp, fsdp2, fsdp1, tensor)
     kinds = ("ddp", "fsdp2")
     loads = [f"{case}:load:{case}-{kind}.ckpt" for case in RESUMED for kind in kinds]
-    start(folder, "auto", 1, [*loads, "psft:load:psft-tensor.ckpt"])
+    others = ["psft:load:psft-tensor.ckpt", "grpo:load:grpo-fsdp1.ckpt"]
+    start(folder, "auto", 1, [*loads, *others])
     start(folder, "fsdp2", 1, [f"{case}:load:{case}-shards.ckpt" for case in RESUMED])
     return folder
 
@@ -156,8 +168,16 @@ def test_tensor_parallelism_is_one_process(one: Path, tensor: Path, job: str) ->
     same(tensor, one, job, job.partition(":")[0])
 
 
-def test_one_goes_on_where_matrices_were_split(one: Path, resumed: Path) -> None:
-    same(resumed, one, "psft:load:psft-tensor.ckpt", "psft")
+@pytest.mark.parametrize("job", [*UNDER_FSDP1, "grpo:load:grpo-one.ckpt"])
+def test_fsdp1_is_one_process(one: Path, fsdp1: Path, job: str) -> None:
+    same(fsdp1, one, job, job.partition(":")[0])
+
+
+@pytest.mark.parametrize("job", ["psft:load:psft-tensor.ckpt", "grpo:load:grpo-fsdp1.ckpt"])
+def test_one_goes_on_where_matrices_or_flat_weights_were_split(
+    one: Path, resumed: Path, job: str
+) -> None:
+    same(resumed, one, job, job.partition(":")[0])
 
 
 @pytest.mark.parametrize("case", RESUMED)
@@ -204,6 +224,7 @@ trainer:
       init_args: {num_samples: 2, ks: [1], max_new_tokens: 4}
 """
 FIT = ["fit", "--config", "tiny.yaml"]
+WHOLE = TINY.replace(", lora: {r: 2}", "").replace("AdapterOff", "FrozenCopy")
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +256,7 @@ def test_shards_are_exported_as_what_was_trained(
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--trainer.strategy", "fsdp"], "use `--trainer.strategy fsdp2`"),
+        (["--trainer.strategy", "fsdp"], "`fsdp` requires a GPU accelerator"),
         (["--trainer.strategy", "nonsense"], "trainer cannot be set up here: .*nonsense"),
         (["--trainer.accelerator", "gpu"], "trainer cannot be set up here: .*gpu"),
         (["--ckpt_path", "last.ckpt"], "is a folder of shards, which only `--trainer.strategy"),
@@ -263,6 +284,48 @@ def test_what_cannot_run_is_said_in_one_sentence(
     assert stopped.value.code == 1 and not Path("runs").exists()
     lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("gift: error: ")]
     assert len(lines) == 1 and re.search(said, lines[0])
+
+
+HYBRID = """
+model:
+  class_path: Hybrid
+  init_args:
+    model:
+      class_path: gift_lightning.models.tiny_llama
+      init_args: {hidden_size: 16, num_layers: 1, num_heads: 2}
+    rewards: [Countdown]
+    controller: GAC
+    max_completion_length: 8
+data:
+  class_path: HybridData
+  init_args:
+    prompts: {class_path: PromptData, init_args: {train: {class_path: CountdownProblems}}}
+    demonstrations: CountdownData
+trainer: {accelerator: cpu, default_root_dir: runs/tiny}
+"""
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (TINY, "fsdp trains all weights of a model: use `--trainer.strategy fsdp2`"),
+        (WHOLE, "strategy fsdp shards no FrozenCopy: use"),
+        (HYBRID, "strategy fsdp does not train Hybrid"),
+    ],
+)
+def test_what_fsdp1_does_not_do(config: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(config)
+    done = warm.run(["-m", "gift_lightning", *FIT, "--trainer.strategy", "fsdp1"], tmp_path)
+    lines = [x for x in done.stderr.splitlines() if x.startswith("gift: error: ")]
+    assert done.returncode == 1 and len(lines) == 1 and said in lines[0]
+    assert not (tmp_path / "runs/tiny").exists()
+
+
+def test_lightnings_own_fsdp1_is_refused() -> None:
+    module, *_ = two_ranks.sft()
+    module._trainer = SimpleNamespace(strategy=FSDPStrategy())
+    with pytest.raises(ValueError, match="would clip by the norm of a device's own shards: use"):
+        module.setup("fit")
 
 
 def test_what_tensor_parallelism_cannot_split() -> None:

@@ -25,6 +25,7 @@ from torch.optim import AdamW
 from gift_lightning.cache import CachedTopK
 from gift_lightning.controllers import GAC
 from gift_lightning.countdown_data import CountdownData
+from gift_lightning.fsdp1 import FSDP1
 from gift_lightning.grpo import GRPO
 from gift_lightning.guard import gradient_norm
 from gift_lightning.hybrid import Hybrid
@@ -129,7 +130,10 @@ class Watch(pl.Callback):
         self.samples: list[list[int]] = []
 
     def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
-        self.norms.append(float(gradient_norm(module.parameters())))
+        norm = gradient_norm(module.parameters())
+        if isinstance(trainer.strategy, FSDP1):
+            norm = trainer.strategy.whole_norm(norm)
+        self.norms.append(float(norm))
         parts = module.replicas.gathered(module._step.sample_ids)
         self.samples.append(sorted(chain.from_iterable(parts)))
 
@@ -185,6 +189,8 @@ def main(strategy: str, folder: str, *jobs: str) -> None:
         used: Any = strategy
         if strategy == "tensor":
             used = FSDP2(tensor_parallel_size=2)
+        elif strategy == "fsdp":  # by this name Lightning refuses it on the CPU
+            used = FSDP1()
         elif "shards" in path:
             used = FSDP2(save_distributed_checkpoint=True)
         ends = verb == "save" and "shards" in path

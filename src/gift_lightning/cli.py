@@ -17,7 +17,6 @@ from jsonargparse import ArgumentError, set_parsing_settings
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from gift_lightning import (
@@ -78,8 +77,6 @@ _DEFAULTS: dict[str, Any] = {
     "num_sanity_val_steps": -1,  # a whole validation before training: step 0 of every curve
     "use_distributed_sampler": False,  # the data modules deal samples to devices themselves
 }
-
-_FSDP1 = FSDPStrategy.get_registered_strategies()
 
 
 class _Parser(LightningArgumentParser):
@@ -237,12 +234,6 @@ class GiftCLI(LightningCLI):
             config["logger"] = False
         mine.append(Report())
         config["callbacks"] = mine
-        strategy = config.get("strategy")
-        if isinstance(strategy, FSDPStrategy) or str(strategy) in _FSDP1:
-            raise ValueError(
-                "trainer.strategy fsdp is FSDP1, which neither clips by norm nor runs on the "
-                "CPU: use `--trainer.strategy fsdp2`."
-            )
         try:
             return super()._instantiate_trainer(config, callbacks)
         except (MisconfigurationException, ValueError, ImportError) as error:

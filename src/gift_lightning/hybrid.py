@@ -14,6 +14,7 @@ from gift_lightning.branches import DEMONSTRATIONS, ROLLOUTS, last_block
 from gift_lightning.collate import Batch
 from gift_lightning.controllers import GAC, Controller, MixStats
 from gift_lightning.experience import Experience
+from gift_lightning.fsdp1 import FSDP1
 from gift_lightning.functional import IGNORED
 from gift_lightning.gates import Gate
 from gift_lightning.grpo import GRPO
@@ -123,6 +124,11 @@ class Hybrid(Imitation, GRPO):
         return data.prompts
 
     def setup(self, stage: str) -> None:
+        if isinstance(self.trainer.strategy, FSDP1):  # a branch's own gradient disturbs its hooks
+            raise ValueError(
+                f"trainer.strategy fsdp does not train {type(self).__name__}: use "
+                "`--trainer.strategy fsdp2`."
+            )
         super().setup(stage)
         if stage != "fit":
             return

@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 
 from gift_lightning.collate import Batch
 from gift_lightning.diagnostics import peak_memory_gib
+from gift_lightning.fsdp1 import FSDP1
 from gift_lightning.functional import IGNORED
 from gift_lightning.guard import StepGuard, clip_gradients, gradient_norm
 from gift_lightning.models import base_model, for_export, load_tokenizer
@@ -100,6 +102,14 @@ class PolicyModule(pl.LightningModule):
                 "a quantised model cannot be trained as a whole: set model.model.lora, or leave "
                 "load_in_4bit out."
             )
+        strategy = self.trainer.strategy
+        if isinstance(strategy, FSDP1):
+            strategy.check(self.policy, self.references)
+        elif isinstance(strategy, FSDPStrategy):
+            raise ValueError(
+                "trainer.strategy: Lightning's FSDPStrategy would clip by the norm of a device's "
+                "own shards: use `--trainer.strategy fsdp2`, or fsdp1."
+            )
         data = getattr(self.trainer, "datamodule", None)
         layout = (getattr(data, "packing", False), getattr(data, "share_prompts", False))
         self.policy.whole().verify(*layout)
@@ -116,6 +126,8 @@ class PolicyModule(pl.LightningModule):
             strategy.shard(self.policy)
             for reference in self.references:
                 reference.distribute(strategy.shard)
+        elif isinstance(strategy, FSDP1):
+            strategy.shard(self.policy)
 
     @property
     def references(self) -> list[Reference]:
@@ -215,6 +227,8 @@ class PolicyModule(pl.LightningModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         step = self._step
         norm = gradient_norm(self.parameters())
+        if isinstance(self.trainer.strategy, FSDP1):
+            norm = self.trainer.strategy.whole_norm(norm)
         counted = torch.stack([step.loss.double(), step.loss.new_tensor(step.num_seen).double()])
         loss, seen = torch.as_tensor(self.trainer.strategy.reduce(counted, reduce_op="sum"))
         num_targets = sum(step.dealt.values())

@@ -111,12 +111,14 @@ class OnPolicy(PolicyModule):
 
     def on_train_start(self) -> None:
         super().on_train_start()
-        for module in self.policy.modules():  # without dropout; checkpointing needs train mode
-            module.training = bool(getattr(module, "gradient_checkpointing", False))
-        self._refuse_dropout()
+        whole = self.policy.whole()
+        for policy in (self.policy, whole):
+            for module in policy.modules():  # without dropout; checkpointing needs train mode
+                module.training = bool(getattr(module, "gradient_checkpointing", False))
+        self._refuse_dropout(whole)
 
     @torch.no_grad()
-    def _refuse_dropout(self) -> None:
+    def _refuse_dropout(self, policy: Policy) -> None:
         """Some layers apply dropout themselves, and checkpointing keeps them in train mode."""
         ids = torch.arange(8).remainder(self.vocab_size)
         batch = self.transfer_batch_to_device(
@@ -126,10 +128,10 @@ class OnPolicy(PolicyModule):
         with torch.random.fork_rng():
             for seed in (0, 1):
                 torch.manual_seed(seed)
-                found.append(self.policy.projected(batch).hidden)
+                found.append(policy.projected(batch).hidden)
         if not torch.equal(*found):
             raise ValueError(
-                f"{type(self.policy.base).__name__} applies dropout under gradient checkpointing, "
+                f"{type(policy.base).__name__} applies dropout under gradient checkpointing, "
                 "which importance ratios do not bear: set gradient_checkpointing to false, or its "
                 "dropout to 0."
             )

@@ -1,5 +1,7 @@
 """The policy: a causal language model whose head is fused with the loss, in one forward call."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import cast
 
 import torch
@@ -43,6 +45,7 @@ class Policy(nn.Module):
 
     Attributes:
         skeleton: what is left on every device where the weights are sharded.
+        gathered: in which they are there all at once, if they cannot be gathered one by one.
 
     Args:
         model: a transformers model, with or without peft adapters.
@@ -52,6 +55,7 @@ class Policy(nn.Module):
     """
 
     skeleton: Skeleton | None = None
+    gathered: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -156,10 +160,11 @@ class Policy(nn.Module):
         """
         if self.skeleton is None:
             return self
-        assert isinstance(self, FSDPModule)
-        self.reshard()
+        if isinstance(self, FSDPModule):
+            self.reshard()
         place = device or self.head.weight.device
-        return Policy(cast(PreTrainedModel, self.skeleton.filled(self.model, place, keep)))
+        with self.gathered():
+            return Policy(cast(PreTrainedModel, self.skeleton.filled(self.model, place, keep)))
 
     @torch.no_grad()
     def verify(self, packing: bool, share_prompts: bool = False) -> None:

@@ -6,6 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+WRAPPED = "_fsdp_wrapped_module."
+"""What FSDP1 puts into the names of weights."""
+
 
 def full(value: Tensor) -> Tensor:
     """All of a tensor that is sharded, which every rank must ask for; any other as it is."""
@@ -41,9 +44,10 @@ class Skeleton:
         weights = {}
         sharded = model.named_parameters()
         for (name, p), (same, mine) in zip(sharded, self._model.named_parameters(), strict=True):
-            assert name == same
+            assert name.replace(WRAPPED, "") == same
             value = full(p.detach())
-            weights[id(mine)] = _frozen(value.to(device)) if keep else mine
+            alive = isinstance(p, DTensor)  # else what is gathered lasts for this call
+            weights[id(mine)] = _frozen(value.to(device, copy=not alive)) if keep else mine
         filled = copy.deepcopy(self._model, weights)
         return filled.to(device) if keep else filled
 
