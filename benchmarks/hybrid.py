@@ -9,6 +9,8 @@ they are read at every tenth.
 """
 
 import argparse
+import contextlib
+import io
 import statistics
 import time
 import warnings
@@ -107,7 +109,8 @@ def run(controller: Controller, steps: int, skip: int, log_every: int) -> dict[s
         log_every_n_steps=log_every,
         callbacks=[clock],
     )
-    trainer.fit(module, data)
+    with contextlib.redirect_stdout(io.StringIO()):  # what a run says of its data
+        trainer.fit(module, data)
     inside = clock.inside
     gradients = inside["add"] + inside["take"]
     rule = inside["update"] + inside["add_demonstrations"] + inside["_proxies"]

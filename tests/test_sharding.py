@@ -27,7 +27,7 @@ SCRIPT = Path(two_ranks.__file__)
 RESUMED = ["psft", "gift_adapter_off", "grpo_kl"]  # inside an epoch, and inside a rollout
 SPLIT = ["sft_untied", "psft", "hybrid"]
 UNDER_DDP = ["gift_trust", "gift_cached", "hybrid", *RESUMED]
-UNDER_FSDP1 = ["sft", "sft_untied", "gift_cached", "grpo"]
+UNDER_FSDP1 = ["sft_untied", "gift_cached", "grpo"]
 
 
 def jobs_of(cases: Iterable[str], kind: str, saved: Sequence[str] = RESUMED) -> list[str]:

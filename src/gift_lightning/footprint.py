@@ -107,7 +107,7 @@ class Footprint:
 
     def training(self) -> dict[str, int]:
         """Bytes by part at the peak of an optimizer step's last micro-batch, which finds optimizer
-        states, and gradients of the micro-batch or step before."""
+        states, and gradients of the micro-batch before."""
         module, ledger = self.module, self.ledger
         self._feed()
         trained = [p for p in module.parameters() if p.requires_grad]
@@ -120,16 +120,17 @@ class Footprint:
                 for p in trained:
                     p.grad = torch.zeros_like(p)
             self._update(optimizer, trained)
+            if self.setting.accumulate == 1:
+                optimizer.zero_grad()
             ledger.restart()
             for p in trained:
                 p.register_post_accumulate_grad_hook(lambda p: ledger.move(p.grad, "gradients"))
             with self.trainer.precision_plugin.train_step_context():
                 loss: Any = module.training_step(self._batch, 0)
-            if self.setting.accumulate == 1:  # as the Trainer does, after the forward pass
-                optimizer.zero_grad()
             loss.backward()
             clip_grad_norm_(trained, 1.0)
             self._update(optimizer, trained)
+            optimizer.zero_grad()
         return dict(ledger.peak)
 
     def _update(self, optimizer: Any, trained: list[torch.nn.Parameter]) -> None:

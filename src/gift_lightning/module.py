@@ -280,6 +280,9 @@ class PolicyModule(pl.LightningModule):
             loop._should_check_val_fx = lambda data_fetcher: wanted  # type: ignore[method-assign]
         if self._step.norm is None:  # in the middle of an optimizer step
             return
+        # The Trainer would free them behind the next forward pass, and raise its peak.
+        for parameter in self.parameters():
+            parameter.grad = None
         if self.global_step % self._log_every == 0:
             metrics = {f"train/{k}": float(v) for k, v in self.step_metrics().items()}
             # Lightning writes the last value again for a name that this step has none for.
