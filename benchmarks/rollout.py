@@ -24,8 +24,8 @@ from gift_lightning.rollouts import HFRollout, Sampling
 Engine = Callable[[list[list[int]], int, Sampling, int], int]
 
 
-def hf_rollout(model: torch.nn.Module) -> Engine:
-    engine = HFRollout()
+def hf_rollout(model: torch.nn.Module, batch_size: int) -> Engine:
+    engine = HFRollout(batch_size)  # all side by side, as `generate` has them
     engine.sync(model)
 
     def run(prompts: list[list[int]], n: int, sampling: Sampling, seed: int) -> int:
@@ -77,7 +77,7 @@ def main() -> None:
     problems = CountdownProblems("train", "any", options.prompts).load()
     prompts = [tokenizer(problem.prompt)["input_ids"] for problem in problems]
     engines = {"model.generate": generate(model, tokenizer.pad_token_id)}
-    engines["HFRollout"] = hf_rollout(model)
+    engines["HFRollout"] = hf_rollout(model, options.prompts * options.samples)
     table = Table("lengths", "engine", "tokens", "seconds", "tokens/s", "ratio")
     for name, ends in (("all", ()), ("natural", (tokenizer.eos_token_id,))):
         sampling = Sampling(options.tokens, end_ids=ends)

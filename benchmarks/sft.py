@@ -233,6 +233,7 @@ def main() -> None:
     flags = [f"--{name}={getattr(options, name)}" for name in names]
     flags += [f"--model={options.model}"] if options.model else []
     runs = run_cells(__file__, CELLS, flags, options.threads, options.repeats)
+    alone = run_cells(__file__, [PRODUCTS], flags, options.threads, options.repeats)[PRODUCTS]
     tokens = options.batch * options.length
     seconds = {cell: median(found, "seconds") for cell, found in runs.items()}
     mib = {cell: median(found, "mib") for cell, found in runs.items()}
@@ -263,7 +264,6 @@ def main() -> None:
             print(
                 f"- {other}: {seconds[other] / seconds[SFT]:.2f}x and {mib[SFT] / mib[other]:.2f}x"
             )
-    alone = run_cells(__file__, [PRODUCTS], flags, options.threads, options.repeats)[PRODUCTS]
     forward, *backward = (median(alone, x) for x in ("forward", "hidden", "weight"))
     print(
         f"\nA chunk's logits take {forward:.0f} ms, the gradients of hidden states and weights "
