@@ -106,7 +106,7 @@ def main() -> None:
             runs[HELP].append({"seconds": help_seconds(options.threads)})
             for cell, callbacks in ((FIT, "="), (SAMPLED, "+=")):
                 seconds = fit_seconds(
-                    options.config, callbacks, options.threads, f"{folder}/{len(callbacks)}"
+                    options.config, callbacks, options.threads, f"{folder}/{cell}"
                 )
                 runs[cell].append({"seconds": seconds})
             for cell in (TOKENS, AGAIN):

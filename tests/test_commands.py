@@ -1,5 +1,6 @@
 """`gift --help`: at once, without the heavy imports, and of all commands that there are."""
 
+import os
 import subprocess
 import sys
 import time
@@ -7,7 +8,7 @@ from importlib import import_module
 
 import pytest
 
-from gift_lightning import __version__
+from gift_lightning import __version__, cli, commands
 from gift_lightning.cli import GiftCLI
 from gift_lightning.commands import APART, STAGES, main
 
@@ -45,3 +46,14 @@ def test_other_words_reach_the_real_parser(capsys):
         main(["fti"])
     assert stopped.value.code == 2
     assert capsys.readouterr().err.startswith("gift: error: ")
+
+
+@pytest.mark.parametrize(("given", "found"), [(None, "1"), ("0", "0")])
+def test_large_tensors_lie_on_huge_pages_unless_told_otherwise(given, found, tmp_path, monkeypatch):
+    monkeypatch.setattr(commands, "_HUGE_PAGES", tmp_path)
+    monkeypatch.setattr(cli, "main", lambda words: None)
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
+    if given:
+        monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", given)
+    main(["fit"])
+    assert os.environ["THP_MEM_ALLOC_ENABLE"] == found

@@ -191,3 +191,13 @@ def test_a_name_without_a_value_is_not_logged_with_its_last_one(tmp_path: Path) 
     with (tmp_path / "metrics.csv").open() as file:
         found = [row["train/sometimes"] for row in csv.DictReader(file) if row["train/loss"]]
     assert found == ["", "7.0", "nan", "nan"]
+
+
+def test_no_gradient_waits_for_the_next_forward_pass(tmp_path: Path) -> None:
+    module = _module(OneHot(), max_skipped_steps=1)
+    module.policy.register_forward_pre_hook(
+        lambda policy, _: seen.append(any(p.grad is not None for p in policy.parameters()))
+    )
+    seen: list[bool] = []
+    _fit(module, UnevenData(batch_size=3), tmp_path, max_steps=3, limit_val_batches=0)
+    assert len(seen) == 3 and not any(seen)
