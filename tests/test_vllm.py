@@ -440,6 +440,36 @@ def test_a_server_that_dies_is_one_error(here, capsys):
     assert is_nothing_left(here)
 
 
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_what_was_done_and_not_answered_can_be_asked_again(tmp_path, kind):
+    how = launch("stub", tmp_path, "--lose-answers")
+    model, asked = policy(kind), prompts(3)
+    with started(model, launch=how) as engine:
+        for seed in range(2):
+            engine.sync(moved(model, 0.05, seed))
+        groups = engine.generate(asked, 4, SAMPLING, seed=0, keys=[0])
+    assert gap(model, asked, groups) < 1e-4
+
+
+@pytest.mark.parametrize("options", [{}, {"strategy": "ddp_fork", "devices": 2}])
+def test_a_server_of_others_that_dies_is_one_error(tmp_path, options):
+    """In the third rollout; a process alone, and two that wait for each other."""
+    how = launch("stub", tmp_path, "--enable-lora", "--die-after", "12")
+    handover = Handover(str(tmp_path))
+    handover.open()
+    handover.write_base(policy("full"), TOKENIZER)
+    running = VLLMServer(how, handover.base, ["--max-model-len", "512"])
+    try:
+        running.wait()
+        start = time.monotonic()
+        with pytest.raises(Exception, match=r"fails at .*see whether it runs"):
+            trained("lora", VLLMServerRollout(running.url, timeout=10, max_retries=1), 9, **options)
+        assert time.monotonic() - start < 60
+    finally:
+        running.close()
+        handover.close()
+
+
 def test_a_server_that_does_not_start_is_one_error(here, capsys):
     python = here / "python"
     python.write_text("#!/bin/sh\necho 'ImportError: libGL is missing'\nexit 1\n")
@@ -556,6 +586,12 @@ def test_what_does_not_pass_is_one_error_within_a_bound(what, why):
 def test_nobody_there_is_one_error():
     with pytest.raises(RuntimeError, match=r"127\.0\.0\.1:9 fails at /health\b.*refused"):
         VLLMClient("http://127.0.0.1:9", 5, 1).get("/health")
+
+
+def test_a_busy_server_is_asked_again():
+    with answering(429, 408, 200) as (url, calls):
+        VLLMClient(url, 5, 2).get("/x")
+    assert len(calls) == 3
 
 
 def test_a_wrong_request_is_not_repeated():

@@ -26,6 +26,7 @@ parser.add_argument("--enable-lora", action="store_true")
 parser.add_argument("--dtype")
 parser.add_argument("--enforce-eager", action="store_true")
 parser.add_argument("--die-after", type=int, help="completions that are answered before it ends")
+parser.add_argument("--lose-answers", action="store_true", help="each path's first is not sent")
 said = parser.parse_args()
 
 torch.set_num_threads(1)
@@ -33,6 +34,7 @@ models = {"base": AutoModelForCausalLM.from_pretrained(said.model, dtype=torch.f
 tokenizer = AutoTokenizer.from_pretrained(said.model)
 paths: dict[str, str] = {}
 kept: dict[tuple, torch.Tensor] = {}
+lost: set[str] = set()
 lock, asked = Lock(), 0
 
 
@@ -91,7 +93,7 @@ def complete(body):
 def load_adapter(body):
     if not said.enable_lora or os.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING") != "1":
         raise Refused(404, "Not Found")
-    if body["lora_name"] in models:
+    if body["lora_name"] in models and not body.get("load_inplace"):
         raise Refused(400, "The adapter has already been loaded.")
     base = AutoModelForCausalLM.from_pretrained(said.model, dtype=torch.float32)
     loaded = PeftModel.from_pretrained(base, body["lora_path"]).eval()
@@ -102,6 +104,8 @@ def load_adapter(body):
 
 
 def unload_adapter(body):
+    if body["lora_name"] not in paths:
+        raise Refused(404, f"The lora adapter '{body['lora_name']}' cannot be found.")
     del models[body["lora_name"]], paths[body["lora_name"]]
     return "Success"
 
@@ -142,7 +146,12 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         try:
             with lock:
-                self.answer(200, POST[self.path](body))
+                done = POST[self.path](body)
+            if said.lose_answers and self.path not in lost:
+                lost.add(self.path)
+                self.close_connection = True
+                return
+            self.answer(200, done)
         except Refused as refused:
             self.answer(refused.args[0], {"error": {"message": refused.args[1]}})
 

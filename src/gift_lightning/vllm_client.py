@@ -10,24 +10,33 @@ from urllib.parse import urlsplit
 
 _PAUSE = 0.5  # seconds before the first repetition, doubled each time
 _CONNECTIONS = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
-_HINTS = {
-    "/collective_rpc": "start it with VLLM_SERVER_DEV_MODE=1",
+_LATER = (408, 429)  # it was slow, or has too much to do: not the request's fault
+_OFFERED = {  # what a server must be started with to have the path at all
+    "/collective_rpc": "VLLM_SERVER_DEV_MODE=1",
     "/v1/load_lora_adapter": (
-        "start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, --enable-lora and a --max-lora-rank of "
-        "at least the adapter's"
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, --enable-lora and a --max-lora-rank of at least the "
+        "adapter's"
     ),
 }
 
 
 class RefusedError(RuntimeError):
-    """The server answers that it will not do this."""
+    """The server answers that it will not do this; `status` is HTTP's."""
+
+    def __init__(self, sentence: str, status: int) -> None:
+        super().__init__(sentence, status)
+        self.status = status
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class VLLMClient:
     """Requests to one server; safe to use from several threads.
 
     A request that finds nobody, is cut off, is not answered in time or meets an error of the server
-    is repeated.
+    is repeated. The server may have done by then what it was asked for, so only requests that can be
+    made twice are sent.
 
     Args:
         url: of the server, without /v1.
@@ -81,11 +90,13 @@ class VLLMClient:
             if status < 400:
                 return _parsed(said)
             told = _message(said)
-            if status < 500:
-                hint = _HINTS.get(path, "look at its log")
+            if status < 500 and status not in _LATER:
+                is_missing = status == 404 and told == "Not Found" and path in _OFFERED
+                how = f"start it with {_OFFERED[path]}" if is_missing else "look at its log"
                 raise RefusedError(
                     f"the vLLM server at {self.url} refuses {path} (status {status}: {told}): "
-                    f"{hint}."
+                    f"{how}.",
+                    status,
                 )
             failure = f"status {status}: {told}"
         if reason := self.dead():
@@ -122,7 +133,7 @@ def _message(said: str) -> str:
     """The first line of the server's complaint."""
     found = _parsed(said)
     if isinstance(found, dict):
-        inner = found.get("error", found)
+        inner = found.get("error", found.get("detail", found))
         found = inner.get("message", inner) if isinstance(inner, dict) else inner
     lines = str(found).strip().splitlines()
     return lines[0] if lines else "no reason given"

@@ -12,7 +12,7 @@ from gift_lightning.generation import Completion
 from gift_lightning.modes import has_adapters
 from gift_lightning.rollouts import RolloutEngine, Sampling
 from gift_lightning.vllm_checks import check_server, served_model
-from gift_lightning.vllm_client import VLLMClient
+from gift_lightning.vllm_client import RefusedError, VLLMClient
 from gift_lightning.vllm_sampling import logprobs_mode, parameters
 from gift_lightning.vllm_server import Launch, VLLMServer
 from gift_lightning.vllm_weights import Handover, check_adapters, max_lora_rank
@@ -110,7 +110,8 @@ class VLLMServerRollout(RolloutEngine):
         def load(name: str, folder: Path) -> None:
             if adapters:
                 adapter = {"lora_name": name, "lora_path": str(folder)}
-                self._client.post("/v1/load_lora_adapter", adapter)
+                # Its name is new; in place, so that it may be asked twice if an answer is lost.
+                self._client.post("/v1/load_lora_adapter", {**adapter, "load_inplace": True})
             else:
                 call = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
                 self._client.post("/collective_rpc", call)
@@ -119,8 +120,14 @@ class VLLMServerRollout(RolloutEngine):
         self._version = on_first_rank(lambda: self._handover.update(model, load))
         self._model = self._version if adapters else self._base
         if before and adapters:
-            forget = {"lora_name": before}
-            on_first_rank(lambda: self._client.post("/v1/unload_lora_adapter", forget))
+            on_first_rank(lambda: self._forget(before))
+
+    def _forget(self, name: str) -> None:
+        try:
+            self._client.post("/v1/unload_lora_adapter", {"lora_name": name})
+        except RefusedError as refusal:
+            if refusal.status != 404:  # else it is forgotten, and the answer was lost
+                raise
 
     def generate(
         self,
