@@ -3,6 +3,8 @@
 import inspect
 import json
 import math
+import runpy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gift_lightning import controllers
 from gift_lightning.controllers import (
     CHORD,
     GAC,
@@ -21,6 +24,37 @@ from gift_lightning.controllers import (
 )
 
 NAN = math.nan
+ROOT = Path(__file__).parents[1]
+ShuffledGAC: Any = runpy.run_path(str(ROOT / "configs/lab/controls.py"))["ShuffledGAC"]
+
+
+def test_the_published_defaults() -> None:
+    """deepnovacore/GAC, by position and by name; then what is ours."""
+    given = inspect.signature(GAC).parameters
+    published = {
+        "alpha": 0.5,
+        "ema_beta": 0.99,
+        "mu_min": 0.05,
+        "mu_max": 0.9,
+        "mu_init": 0.5,
+        "change_cap": 0.01,
+        "blend": 0.5,
+        "update_every": 10,
+        "trim": 0.1,
+        "delta_cap_ratio": 0.0,
+        "use_phi": True,
+    }
+    assert list(given) == [*published, "prior", "compat", "estimator", "kl_target"]
+    assert {name: given[name].default for name in published} == published
+    gac = GAC()
+    assert gac.compat == "corrected" and gac.prior is not None
+    prior = gac.prior
+    assert (prior.warmup, prior.decay, prior.peak, prior.valley) == (200, 800, 0.85, 0.15)
+
+
+def test_every_rule_has_one_address() -> None:
+    for name in ("Constant", "Schedule", "CHORD", "GAC", "KLController", "HPTGate", "LUFFY"):
+        assert issubclass(getattr(controllers, name), controllers.Controller)
 
 
 def golden(shared: Path) -> dict[str, Any]:
@@ -109,6 +143,25 @@ def test_statistics_are_those_of_their_definition() -> None:
 def _variance(x: list[float]) -> float:
     mean = sum(x) / len(x)
     return sum((v - mean) ** 2 for v in x) / len(x)
+
+
+def test_a_mask_of_bools_is_a_mask() -> None:
+    torch.manual_seed(0)
+    logp, mask = -torch.rand(4, 3), torch.tensor([[1, 1, 0]] * 4)
+    rest = torch.randn(4, 3), torch.tensor([0, 1, 0, 1]).bool()
+    found = GAC().statistics(logp, mask.bool(), *rest)
+    assert found == GAC().statistics(logp, mask.float(), *rest)
+
+
+def test_the_caller_says_that_there_is_no_signal() -> None:
+    """`statistics` takes a batch without any advantage for one of a perfectly sure RL gradient."""
+    logp, mask, experts = torch.full((3, 2), -0.5), torch.ones(3, 2), torch.tensor([0, 0, 1]).bool()
+    stats = GAC().statistics(logp, mask, torch.zeros(3, 2), experts)
+    assert stats.has_signal and stats.sigma_r2 == 1e-8
+    sure, told = GAC(prior=None), GAC(prior=None)
+    sure.update(replace(stats, sigma_s2=0.1), 0)
+    told.update(replace(stats, sigma_s2=0.1, has_signal=False), 0)
+    assert sure.mu < 0.5 < told.mu
 
 
 def test_empty_branches() -> None:
@@ -258,6 +311,7 @@ def test_kl_rules() -> None:
         KLController,
         GAC,
         lambda: GAC(compat="released", kl_target=0.1),
+        lambda: ShuffledGAC(prior=None),
     ],
 )
 def test_a_restored_controller_goes_on_bit_for_bit(make: Any) -> None:
@@ -273,10 +327,25 @@ def test_a_restored_controller_goes_on_bit_for_bit(make: Any) -> None:
     saved = json.loads(json.dumps(rule.state_dict()))  # plain numbers
     again: Controller = make()
     again.load_state_dict(saved)
+    assert again.mu == rule.mu
     for step in range(37, 60):
         one = stats()
         assert again.update(one, step) == rule.update(one, step)
     assert again.state_dict() == rule.state_dict()
+
+
+def test_the_labs_control_draws_from_what_was_measured() -> None:
+    """Each statistic apart; it smooths what it drew."""
+    gac = ShuffledGAC(update_every=1, ema_beta=0.0, prior=None)
+    drawn = []
+    for step in range(50):
+        gac.update(MixStats(1.0 + step, 101.0 + step, 201.0 + step), step)
+        drawn.append([gac.smoothed[name] for name in ("sigma_r2", "sigma_s2", "delta2")])
+    for step, values in enumerate(drawn):
+        for value, first in zip(values, (1.0, 101.0, 201.0), strict=True):
+            assert first <= value <= first + step
+    assert sum(a + 100 != b for a, b, _ in drawn) > 30
+    assert sum(a != 1.0 + step for step, (a, _, _) in enumerate(drawn)) > 30
 
 
 @pytest.mark.parametrize(

@@ -166,7 +166,7 @@ def test_a_gate_without_demonstrations_to_train_is_grpo():
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("name", ["ReLIFT", "LUFFY"])
+@pytest.mark.parametrize("name", ["ReLIFT", "LUFFY", "HPTGate"])
 @pytest.mark.parametrize("stop", [3, 4])
 def test_a_resumed_run_is_the_uninterrupted_one(name, stop, tmp_path):
     """Inside a rollout of two steps, and between two of them."""

@@ -1,6 +1,7 @@
 """RL and imitation in one step: exact limits, exact splits, the same μ everywhere, resume."""
 
 import json
+import warnings
 from functools import partial
 
 import lightning.pytorch as pl
@@ -19,7 +20,7 @@ from gift_lightning.problems import CountdownProblems
 from gift_lightning.prompts import PromptData
 from gift_lightning.references import FrozenCopy
 from gift_lightning.sft import SFT
-from gift_lightning.targets import GIFT, CHORDPhi, Distillation
+from gift_lightning.targets import GIFT, CHORDPhi, Distillation, OneHot
 from test_grpo import Keep, here, weights
 
 RL = {"max_completion_length": 16, "reward_workers": 1}
@@ -111,18 +112,20 @@ def test_all_imitation_is_exactly_sft(target):
     assert torch.equal(found[0], expected)
 
 
-@pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "bnpo", "dapo", "gspo", "cispo", "sapo"])
-def test_no_imitation_is_exactly_grpo(loss):
-    options = {"loss": loss, "clip_high": 0.28, "kl_weight": 0.1, **RL}
-    rewards = [here("Even")]
-    expected = gradients(
-        model(GRPO, rewards, reference=FrozenCopy(), **options), prompts(4), steps=3
-    )
-    found = gradients(
-        hybrid(Constant(0.0), reference=FrozenCopy(), **options),
-        HybridData(prompts(4), demonstrations(3)),
-        steps=3,
-    )
+LOSSES = ["grpo", "dr_grpo", "bnpo", "dapo", "gspo", "cispo", "sapo"]
+
+
+@pytest.mark.parametrize(
+    ("loss", "target"),
+    [(loss, OneHot()) for loss in LOSSES] + [("dapo", target) for target in TARGETS],
+    ids=lambda x: x if isinstance(x, str) else type(x).__name__,
+)
+def test_no_imitation_is_exactly_grpo(loss, target):
+    options = {"loss": loss, "clip_high": 0.28, "kl_weight": 0.1, "reference": FrozenCopy(), **RL}
+    options["max_completion_length"] = 8
+    expected = gradients(model(GRPO, [here("Even")], **options), prompts(4), steps=2)
+    data = HybridData(prompts(4), demonstrations(3))
+    found = gradients(hybrid(Constant(0.0), target=target, **options), data, steps=2)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
@@ -156,10 +159,15 @@ class Record(pl.Callback):
 
     def __init__(self, folder):
         self.folder, self.mus, self.num_trained = folder, [], []
+        self._in_step = 0
+
+    def on_after_backward(self, trainer, module):
+        self._in_step += len(module.batch["sample_ids"])
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
         self.mus.append([module.controller.mu, module.controller.mu_raw])
-        self.num_trained.append(len(module.batch["sample_ids"]))
+        self.num_trained.append(self._in_step)  # in all micro-batches of the step
+        self._in_step = 0
 
     def on_train_end(self, trainer, module):
         (self.folder / f"{trainer.world_size}-{trainer.global_rank}.json").write_text(
@@ -186,7 +194,7 @@ def test_two_processes_train_as_one_does(estimator, reward, tmp_path):
     (one, _), (first, trained), (second, also_trained) = (
         json.loads((tmp_path / f"{name}.json").read_text()) for name in ("1-0", "2-0", "2-1")
     )
-    assert (0 in trained + also_trained) is (reward == "Rare")
+    assert (0 in trained + also_trained) is (reward == "Rare")  # none in a whole step of a rank
     assert first == second and len({mu for mu, _ in first}) > 3
     if estimator == "proxy":  # the other one depends on what lies in a micro-batch
         torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-6)
@@ -323,6 +331,16 @@ def refusals():
             lambda: HybridData(prompts(), demonstrations(50)),
             "takes 50 demonstrations .* and there are 40",
         ),
+        (
+            lambda: hybrid(Constant(0.5)),
+            lambda: HybridData(prompts(), demonstrations(num=0)),
+            "No train record is left to use: the data has none",
+        ),
+        (
+            lambda: hybrid(Constant(0.5)),
+            lambda: HybridData(prompts(52, prompts_per_rollout=13), demonstrations()),
+            "12 problems, fewer than data.prompts_per_rollout=13",
+        ),
         (lambda: model(SFT), both, "HybridData"),
         (lambda: model(GRPO, [here("Even")], **RL), both, "data is HybridData"),
     ]
@@ -384,6 +402,17 @@ class Stats(pl.Callback):
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         self.all.append(module._stats)
+
+
+@pytest.mark.parametrize("use_phi", [True, False])
+@pytest.mark.parametrize("target", [CHORDPhi(), OneHot()])
+def test_proxies_of_another_loss_are_said(use_phi, target):
+    module = hybrid(GAC(use_phi=use_phi), target=target)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        fit(module, both())
+    told = [x for x in said if "model.controller.use_phi" in str(x.message)]
+    assert len(told) == (use_phi is not isinstance(target, CHORDPhi))
 
 
 def test_a_step_without_any_advantage_says_so():

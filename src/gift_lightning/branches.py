@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from gift_lightning.controllers import MixStats
+from gift_lightning.controller import MixStats
 from gift_lightning.head import kept_graph
 from gift_lightning.skeleton import full
 

@@ -1,13 +1,10 @@
 """How much imitation: the rules that set μ, the weight of the demonstrations, from step to step.
 
 A controller is a plain object over scalars. Large μ is imitation, in GAC as in CHORD. Rules that
-decide for each prompt are in `gates`.
+decide for each prompt are in `gates`, and can be imported from here too.
 """
 
-import copy
 import math
-from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -15,7 +12,23 @@ from jaxtyping import Bool, Float, Int
 from jsonargparse import lazy_instance
 from torch import Tensor
 
-Measure = Literal["proxy", "gradient", "kl"]
+from gift_lightning.controller import Controller, Measure, MixStats
+from gift_lightning.gates import LUFFY, SRFT, HPTGate, ReLIFT
+
+__all__ = [
+    "CHORD",
+    "GAC",
+    "LUFFY",
+    "SRFT",
+    "Constant",
+    "Controller",
+    "HPTGate",
+    "KLController",
+    "MixStats",
+    "ReLIFT",
+    "Schedule",
+]
+
 Compat = Literal["corrected", "released"]
 Estimator = Literal["proxy", "gradient"]
 
@@ -34,62 +47,6 @@ def _require_order(name: str, low: float, first: float, high: float) -> None:
             f"{name}: mu_min={low}, mu_init={first} and mu_max={high} must be in this order, from "
             "0 to 1."
         )
-
-
-@dataclass(frozen=True)
-class MixStats:
-    """What an optimizer step says about its two gradients, of all its micro-batches and ranks."""
-
-    sigma_r2: float
-    """Noise of the RL gradient; NaN without a rollout."""
-    sigma_s2: float
-    """Noise of the imitation gradient; NaN without a demonstration."""
-    delta2: float
-    """Squared distance of the two."""
-    kl: float = math.nan
-    """KL of the policy to the reference, over sampled tokens; NaN if nobody asked."""
-    has_signal: bool = True
-    """Whether any rollout has an advantage; there is no RL gradient otherwise."""
-
-
-class Controller(ABC):
-    """A rule for μ.
-
-    Attributes:
-        mu: what applies now.
-    """
-
-    mu: float
-    _state: tuple[str, ...] = ()
-    """Attributes that change in a run; options are the config's, also when it is resumed."""
-
-    @property
-    def measures(self) -> frozenset[Measure]:
-        """What `update` reads of the step before."""
-        return frozenset()
-
-    @abstractmethod
-    def update(self, stats: MixStats | None, step: int) -> float:
-        """μ of optimizer step `step`, counted from 0; once per step, before its first micro-batch.
-
-        Args:
-            stats: of the step before, None where there is none.
-            step: which it is.
-        """
-
-    def is_due(self, step: int) -> bool:
-        """Whether `update` at that step will read proxies or gradients; a KL is always there."""
-        return bool(self.measures)
-
-    def parts(self) -> dict[str, float]:
-        """What μ was made of, for the log."""
-        return {}
-
-    def state_dict(self) -> dict[str, Any]:
-        return copy.deepcopy({name: getattr(self, name) for name in self._state})
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        vars(self).update(copy.deepcopy(state))
 
 
 class Constant(Controller):
@@ -119,6 +76,8 @@ class Schedule(Controller):
         peak: largest μ.
         valley: last μ.
     """
+
+    _state = ("mu",)
 
     def __init__(self, warmup: int, decay: int, peak: float, valley: float) -> None:
         name = type(self).__name__
@@ -219,7 +178,13 @@ class GAC(Controller):
     `mu_max` where no rollout has an advantage. `released` is the published recurrence in float64
     (theirs rounds μ to float32), quirks included: an empty branch counts as a variance of 0.
 
-    Both take the statistics of the step before, as μ must be known before its first micro-batch.
+    In training both take the statistics of the whole step before, on all devices, as μ must be
+    known before a step's first micro-batch; the released loop takes those of each micro-batch as it
+    comes. Until there are any, μ is `mu_init` and the prior is not read. The averages of the
+    statistics start at the first ones, without a correction.
+
+    The gradient estimator compares gradients as they are; GAC's paper would scale them as the
+    optimizer does.
 
     Args:
         alpha: share of imitation in what the mixture aims at.
@@ -282,6 +247,8 @@ class GAC(Controller):
         self.update_every, self.trim = update_every, trim
         self.delta_cap_ratio, self.use_phi = delta_cap_ratio, use_phi
         self.prior, self.compat = prior, compat
+        if prior is not None:
+            prior.at(0)  # a lazy one has no attributes before a method is called
         self.estimator, self.kl_target = estimator, kl_target
         self.mu = self.mu_raw = mu_init
         self.average = mu_init  # of μ_raw, in `corrected`
@@ -335,11 +302,15 @@ class GAC(Controller):
     def statistics(
         self,
         logp: Float[Tensor, "b t"],
-        mask: Float[Tensor, "b t"],
+        mask: Float[Tensor, "b t"] | Bool[Tensor, "b t"],
         advantages: Float[Tensor, "b t"],
         is_demonstration: Bool[Tensor, " b"],
     ) -> MixStats:
-        """The statistics of a padded batch; `mask` is 1 where a token counts."""
+        """The statistics of a padded batch; `mask` is 1 where a token counts.
+
+        A batch in which no rollout has an advantage is a batch like any other here, as in the
+        released code: who wants `update` to head for `mu_max` then says `has_signal=False`.
+        """
         row, place = mask.nonzero(as_tuple=True)
         rows = self.rows(logp[row, place], advantages[row, place], row, is_demonstration)
         return self.summary(rows, is_demonstration)

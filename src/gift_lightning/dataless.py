@@ -1,6 +1,6 @@
 """Tensors without data: a model's steps run as they are, and the memory that they take is counted.
 
-Inside a `Ledger` floating-point tensors are torch's FakeTensors, which have a shape, a dtype and a
+Inside a `ByteCounter` floating-point tensors are torch's FakeTensors, which have a shape, a dtype and a
 device but no numbers: nothing is computed and nothing is allocated. Token ids, positions and masks
 are real, so that what a model decides from them (packed documents, attention masks) is decided as
 in training. Numbers that are read off a tensor without data are 0, and comparisons are false.
@@ -56,7 +56,7 @@ class AsAccelerator(TorchFunctionMode):
         return True if asked else func(*args, **(kwargs or {}))
 
 
-class Ledger(TorchDispatchMode):
+class ByteCounter(TorchDispatchMode):
     """Counts the bytes of all tensors that are made inside it, by what they are for.
 
     Attributes:

@@ -52,7 +52,9 @@ class Ledger:
 
     def check(self, max_rejected: float) -> None:
         """Raise ValueError if nothing is left or too large a share is rejected."""
-        share = len(self.rejected) / max(self.read, 1)
+        if not self.read:
+            raise ValueError(f"No {self.name} record is left to use: the data has none, give some.")
+        share = len(self.rejected) / self.read
         if self.used and share <= max_rejected:
             return
         found = f"{len(self.rejected)} of {self.read} {self.name} records cannot be used"

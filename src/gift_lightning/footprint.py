@@ -11,7 +11,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from gift_lightning.cache import CachedRows, CachedTopK
 from gift_lightning.collate import Batch
-from gift_lightning.dataless import AsAccelerator, Ledger
+from gift_lightning.dataless import AsAccelerator, ByteCounter
 from gift_lightning.generation import generate
 from gift_lightning.hybrid import Hybrid
 from gift_lightning.imitation import Imitation
@@ -41,8 +41,8 @@ class Footprint:
     def __init__(
         self, build: Callable[[], tuple[PolicyModule, pl.LightningDataModule]], setting: Setting
     ) -> None:
-        self.setting, self.ledger = setting, Ledger()
-        with self._inside(), self.ledger.counting("parameters"):
+        self.setting, self.counter = setting, ByteCounter()
+        with self._inside(), self.counter.counting("parameters"):
             self.module, data = build()
         self.sizes = sizes(self.module, data, setting)
         self.packing = bool(getattr(data, "packing", False))
@@ -61,10 +61,10 @@ class Footprint:
         )
         self.trainer, self.module.trainer = trainer, trainer
         with self._inside():
-            with self.ledger.counting("parameters"):
+            with self.counter.counting("parameters"):
                 trainer.precision_plugin.convert_module(self.module)
             self._pack_weights()
-            with self.ledger.counting("reference"):
+            with self.counter.counting("reference"):
                 self._set_up_references()
         for layer in self.module.modules():  # in RL without dropout
             checkpointed = getattr(layer, "gradient_checkpointing", False)
@@ -73,7 +73,7 @@ class Footprint:
     @contextmanager
     def _inside(self) -> Iterator[None]:
         way = AsAccelerator() if self.setting.accelerator else nullcontext()
-        with warnings.catch_warnings(), without_weights(), self.ledger, way:
+        with warnings.catch_warnings(), without_weights(), self.counter, way:
             warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
             yield
 
@@ -85,7 +85,7 @@ class Footprint:
         linear = (layer for layer in base.modules() if isinstance(layer, torch.nn.Linear))
         for layer in linear:
             if not layer.weight.requires_grad and layer is not base.get_output_embeddings():
-                self.ledger.resize(layer.weight, int(layer.weight.numel() * _NF4))
+                self.counter.resize(layer.weight, int(layer.weight.numel() * _NF4))
 
     def _set_up_references(self) -> None:
         module, reference = self.module, self.module.reference
@@ -98,7 +98,7 @@ class Footprint:
             if self.setting.accelerator and getattr(reference, "device", "") == "cpu":
                 assert isinstance(reference, FrozenCopy) and reference.policy is not None
                 for parameter in reference.policy.parameters():
-                    self.ledger.resize(parameter, 0)
+                    self.counter.resize(parameter, 0)
         old_policy = getattr(module, "old_policy", None)
         if old_policy is not None:
             old_policy.setup(module.policy)
@@ -108,7 +108,7 @@ class Footprint:
     def training(self) -> dict[str, int]:
         """Bytes by part at the peak of an optimizer step's last micro-batch, which finds optimizer
         states, and gradients of the micro-batch before."""
-        module, ledger = self.module, self.ledger
+        module, ledger = self.module, self.counter
         self._feed()
         trained = [p for p in module.parameters() if p.requires_grad]
         with self._inside():
@@ -135,12 +135,12 @@ class Footprint:
 
     def _update(self, optimizer: Any, trained: list[torch.nn.Parameter]) -> None:
         """A step of the optimizer; those of 8 bits have kernels that need data."""
-        with self.ledger.counting("optimizer"):
+        with self.counter.counting("optimizer"):
             if "8bit" not in type(optimizer).__name__:
                 optimizer.step()
             elif not optimizer.state:
                 optimizer.state[trained[0]] = {}
-                self.ledger.live["optimizer"] += 2 * sum(p.numel() for p in trained)
+                self.counter.live["optimizer"] += 2 * sum(p.numel() for p in trained)
 
     def _feed(self) -> None:
         """Gives the module the largest micro-batch of its data."""
@@ -169,7 +169,7 @@ class Footprint:
 
     def rollout(self) -> dict[str, int] | None:
         """Bytes by part at the peak of sampling with the policy itself, or None."""
-        sizes, ledger = self.sizes, self.ledger
+        sizes, ledger = self.sizes, self.counter
         if not sizes.decoded:
             return None
         ledger.restart()

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from gift_lightning.controllers import Controller, MixStats
+from gift_lightning.controller import Controller, MixStats
 from gift_lightning.policy_loss import sequence_mean
 
 
@@ -67,6 +67,7 @@ class Gate(Controller):
     mu = 0.0
     weight: float = 1.0
     share: float = 0.0
+    _state = ("share",)  # it is logged until the next rollout
 
     @abstractmethod
     def decide(self, groups: Groups, advantages: Advantages) -> Decision:
@@ -108,8 +109,9 @@ class HPTGate(Gate):
 
     Official code (TsinghuaC3I/Unify-Post-Training): of a prompt whose share of solved completions
     is at most the gate, all completions are dropped and one demonstration is added; the loss is the
-    policy loss plus a coefficient times the mean NLL. Its advantages without std are
-    `advantage_scale: none`. Prompts without a demonstration are left alone here.
+    policy loss plus a coefficient times the mean NLL, 0.3 in one of its scripts. Its advantages
+    without std are `advantage_scale: none`; its scripts also have an entropy bonus of 0.001 and
+    clip the gradient at 80. Prompts without a demonstration are left alone here.
 
     Args:
         threshold: largest share of solved completions that is imitated: 0 for Qwen, 0.25 for Llama
@@ -196,13 +198,14 @@ class LUFFY(Gate):
 
 class SRFT(LUFFY):
     """SRFT (arXiv 2506.19767): SFT and RL on the demonstration and RL on the rollouts, weighed by
-    the policy's entropy H, a mean over each sequence.
+    the policy's entropy H, a mean over each sequence. Partly reconstructed.
 
     The demonstration's loss is imitation·e^{−H}·(−log p) − Â·p, the rollouts' advantages are scaled
     by positive·e^{H} where they are above 0. From the paper's formulas and a re-implementation (in
     HPT's code); not established: the authors' own code is said to use e^{+H} for the first, and the
     ratio of the demonstration's RL term is read here as p, with a behaviour probability of 1 and no
-    clipping, as in LUFFY. It has a loss of its own for demonstrations: the target is not used.
+    clipping, and the demonstration is in its prompt's group, all as in LUFFY. It has a loss of its
+    own for demonstrations: the target is not used.
 
     Args:
         imitation: factor on the SFT term.

@@ -5,14 +5,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from gift_lightning.branches import DEMONSTRATIONS, ROLLOUTS, last_block
 from gift_lightning.collate import Batch
-from gift_lightning.controllers import GAC, Controller, MixStats
+from gift_lightning.controller import Controller, MixStats
+from gift_lightning.controllers import GAC
 from gift_lightning.experience import Experience
 from gift_lightning.fsdp1 import FSDP1
 from gift_lightning.functional import IGNORED
@@ -26,7 +27,7 @@ from gift_lightning.policy import supervised_sequences
 from gift_lightning.policy_loss import TokenLosses, group_advantages
 from gift_lightning.prompts import PromptData, Ticket
 from gift_lightning.target import Target
-from gift_lightning.targets import OneHot
+from gift_lightning.targets import CHORDPhi, OneHot
 
 _LARGE = 0.05  # change of μ in a step that is counted in the log
 
@@ -142,10 +143,23 @@ class Hybrid(Imitation, GRPO):
                 "micro-batches of a step, and there is one: set trainer.accumulate_grad_batches to "
                 "2 or more."
             )
+        self._compare_phi()
         if self.gate is not None:
             self._pairs = Pairs(self.gate, self.trainer.datamodule)  # type: ignore[attr-defined]
             found, of = self._pairs.num_paired, len(self.data.problems)
             rank_zero_info(f"{found} of {of} prompts have a demonstration")
+
+    def _compare_phi(self) -> None:
+        """A word if the proxies are those of another loss than the demonstrations have."""
+        controller = self.controller
+        if not isinstance(controller, GAC) or controller.estimator != "proxy":
+            return
+        if controller.use_phi is not isinstance(self.target, CHORDPhi):
+            rank_zero_warn(
+                f"GAC measures with use_phi={controller.use_phi} how far the demonstrations' "
+                f"gradient is from the rollouts', and model.target is {type(self.target).__name__}:"
+                " set model.controller.use_phi to true with CHORDPhi, to false with other targets."
+            )
 
     # One step.
 
@@ -166,7 +180,8 @@ class Hybrid(Imitation, GRPO):
                 "loss, from 0 to 1."
             )
         if self.gate is None and self.global_step:
-            self.means.add("mix/large_changes", abs(mu - before) > _LARGE, 1.0)
+            # A change of exactly that much, by a cap, can be more by rounding.
+            self.means.add("mix/large_changes", abs(mu - before) > _LARGE + 1e-9, 1.0)
         self._stats = None
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from gift_lightning.branches import BranchGradients, Reduce
 from gift_lightning.collate import Batch
-from gift_lightning.controllers import GAC, Controller, MixStats
+from gift_lightning.controller import Controller, MixStats
+from gift_lightning.controllers import GAC
 from gift_lightning.experience import Experience
 from gift_lightning.policy import supervised_sequences
 from gift_lightning.replicas import Replicas

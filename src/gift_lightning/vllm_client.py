@@ -35,8 +35,8 @@ class VLLMClient:
     """Requests to one server; safe to use from several threads.
 
     A request that finds nobody, is cut off, is not answered in time or meets an error of the server
-    is repeated. The server may have done by then what it was asked for, so only requests that can be
-    made twice are sent.
+    is repeated. The server may have done by then what it was asked for: send only what can be asked
+    twice.
 
     Args:
         url: of the server, without /v1.
