@@ -1,6 +1,7 @@
 """Throughput of SFT in two processes against one, with the same threads for each process.
 
     python benchmarks/ddp.py
+    python benchmarks/ddp.py --model SMOLLM2_FOLDER --batch 2
 
 Every process has the same micro-batch, so that two would do twice the work in the same time. What
 the machine allows at all is seen by two processes that do not talk to each other: they share its
@@ -12,7 +13,19 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from measuring import Clock, Runs, finish, machine, markdown, median, start
+from measuring import (
+    Clock,
+    Runs,
+    add_model_options,
+    finish,
+    machine,
+    markdown,
+    median,
+    model_flags,
+    model_said,
+    policy,
+    start,
+)
 
 ONE, APART, DDP = "one process", "two processes apart", "two processes, DDP"
 
@@ -25,13 +38,11 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
 
     import gift_lightning.sft as stage
     from gift_lightning.data import SFTData
-    from gift_lightning.models import tiny_llama
     from gift_lightning.records import Record
     from gift_lightning.targets import OneHot
 
     processes, steps = 2 if options.cell == DDP else 1, options.skip + options.steps
-    model = tiny_llama(hidden_size=options.width, num_layers=options.layers)
-    module = stage.SFT(model, OneHot(), optimizer=lambda p: AdamW(p, lr=1e-5))
+    module = stage.SFT(policy(options), OneHot(), optimizer=lambda p: AdamW(p, lr=1e-5))
 
     class Rows(SFTData):
         def train_records(self) -> Iterator[Record]:
@@ -65,8 +76,7 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=4)
+    add_model_options(parser)
     parser.add_argument("--batch", type=int, default=8, help="rows of a process's step")
     parser.add_argument("--length", type=int, default=256, help="tokens of a row")
     parser.add_argument("--steps", type=int, default=10)
@@ -82,8 +92,8 @@ def main() -> None:
         if found := measure(options):  # the other rank writes to the same place
             print(json.dumps(found))
         return
-    names = ("width", "layers", "batch", "length", "steps", "skip")
-    flags = [f"--{name}={getattr(options, name)}" for name in names]
+    names = ("batch", "length", "steps", "skip")
+    flags = [*model_flags(options), *(f"--{name}={getattr(options, name)}" for name in names)]
     runs: Runs = {ONE: [], APART: [], DDP: []}
     for _ in range(options.repeats):
         for cell, found in runs.items():
@@ -92,7 +102,7 @@ def main() -> None:
             rates = [finish(process, cell)["tokens/s"] for process in together]
             found.append({"tokens/s": sum(rates)})
     one = median(runs[ONE], "tokens/s")
-    print(f"{options.batch} x {options.length} tokens in each process.")
+    print(f"{options.batch} x {options.length} tokens in each process, {model_said(options)}.")
     print(f"{machine(options.threads, options.repeats)}\n")
     print(
         markdown(

@@ -1,5 +1,6 @@
 """What the benchmarks share: cells in processes of their own, memory, medians, the machine."""
 
+import argparse
 import json
 import os
 import platform
@@ -9,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 Runs = dict[str, list[dict[str, float]]]
 """What each cell found, by its name: one entry for each repeat."""
@@ -51,6 +53,50 @@ class Clock:
         """Seconds per step, and MiB at the highest beyond those at the start."""
         seconds = (self.end - self.start) / (self.ticks - self.skip)
         return {"seconds": seconds, "mib": max(resident(peak=True) - self.before, 1) / 2**20}
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """What `policy` reads."""
+    parser.add_argument("--model", help="folder of a pretrained model; by default a small Llama")
+    parser.add_argument("--vocab", type=int, default=49_152, help="of the small Llama")
+    parser.add_argument("--width", type=int, default=256, help="likewise")
+    parser.add_argument("--layers", type=int, default=4, help="likewise")
+
+
+def policy(options: argparse.Namespace) -> Any:
+    """A pretrained model, or a small Llama with a real vocabulary."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from gift_lightning.models import causal_lm, embedded_path
+
+    torch.manual_seed(0)
+    if options.model:
+        return causal_lm(options.model)
+    config = LlamaConfig(
+        vocab_size=options.vocab,
+        hidden_size=options.width,
+        intermediate_size=4 * options.width,
+        num_hidden_layers=options.layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config).train()
+    model.config._name_or_path = model.name_or_path = embedded_path("gift:countdown")
+    return model
+
+
+def model_flags(options: argparse.Namespace) -> list[str]:
+    """The options as words again, for a cell."""
+    flags = [f"--{name}={getattr(options, name)}" for name in ("vocab", "width", "layers")]
+    return [*flags, f"--model={options.model}"] if options.model else flags
+
+
+def model_said(options: argparse.Namespace) -> str:
+    return options.model or (
+        f"a Llama of {options.layers} layers, width {options.width}, vocabulary {options.vocab:,}"
+    )
 
 
 def start(file: str, cell: str, flags: Sequence[str], threads: int) -> subprocess.Popen[str]:

@@ -6,7 +6,8 @@
 Full training in float32, AdamW, clipping, no gradient checkpointing; rows of equal length, all of
 whose tokens are learned. Each cell is a process of its own. Memory is the highest resident size
 beyond the size before the first step, with the model loaded: gradients, moments, activations and,
-for GIFT, the frozen copy. TRL needs the `bench` extra.
+for GIFT, the frozen copy. The loss is that of the last step, the same for standard SFT by any code.
+TRL needs the `bench` extra.
 """
 
 import argparse
@@ -18,37 +19,24 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from measuring import Clock, has_trl, machine, markdown, median, run_cells
+from measuring import (
+    Clock,
+    add_model_options,
+    has_trl,
+    machine,
+    markdown,
+    median,
+    model_flags,
+    model_said,
+    policy,
+    run_cells,
+)
 
 BARE, SFT, TRL = "bare PyTorch loop", "SFT", "TRL SFTTrainer"
 GIFT_CACHED, GIFT_ONLINE = "GIFT, cached reference", "GIFT, frozen copy"
 CELLS = [BARE, SFT, TRL, GIFT_CACHED, GIFT_ONLINE]
 PRODUCTS = "the head's products"
 LR = 1e-5
-
-
-def policy(options: argparse.Namespace) -> Any:
-    """The model: a pretrained one, or a small Llama with a real vocabulary."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from gift_lightning.models import causal_lm, embedded_path
-
-    torch.manual_seed(0)
-    if options.model:
-        return causal_lm(options.model)
-    config = LlamaConfig(
-        vocab_size=options.vocab,
-        hidden_size=options.width,
-        intermediate_size=4 * options.width,
-        num_hidden_layers=options.layers,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        tie_word_embeddings=True,
-    )
-    model = LlamaForCausalLM(config).train()
-    model.config._name_or_path = model.name_or_path = embedded_path("gift:countdown")
-    return model
 
 
 def rows(options: argparse.Namespace, vocab: int) -> list[list[int]]:
@@ -70,12 +58,13 @@ def bare(options: argparse.Namespace) -> dict[str, float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
     clock = Clock(options.skip)
     for ids in data:
-        model(input_ids=ids, labels=ids).loss.backward()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         clock.tick()
-    return clock.found()
+    return {**clock.found(), "loss": float(loss)}
 
 
 def ours(options: argparse.Namespace) -> dict[str, float]:
@@ -95,7 +84,10 @@ def ours(options: argparse.Namespace) -> dict[str, float]:
                 yield Record(f"row {i}", input_ids=ids)
 
     class Tick(pl.Callback):
-        def on_train_batch_end(self, *args: Any) -> None:
+        def on_train_batch_end(
+            self, trainer: Any, pl_module: Any, outputs: Any, *more: Any
+        ) -> None:
+            self.loss = float(outputs["loss"])
             clock.tick()
 
     folder = tempfile.TemporaryDirectory()
@@ -126,12 +118,12 @@ def ours(options: argparse.Namespace) -> dict[str, float]:
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
         limit_val_batches=0,
-        callbacks=[Tick()],
+        callbacks=[tick := Tick()],
     )
     clock = Clock(options.skip)
     trainer.fit(module, data)
     folder.cleanup()
-    return clock.found()
+    return {**clock.found(), "loss": tick.loss}
 
 
 def trl(options: argparse.Namespace) -> dict[str, float]:
@@ -145,13 +137,20 @@ def trl(options: argparse.Namespace) -> dict[str, float]:
 
     model = policy(options)
     data = rows(options, model.config.vocab_size)
+    losses: list[float] = []
+
+    class Trainer(SFTTrainer):  # type: ignore[misc]
+        def training_step(self, *args: Any, **more: Any) -> Any:
+            found = super().training_step(*args, **more)
+            losses.append(float(found))
+            return found
 
     class Tick(TrainerCallback):
         def on_step_end(self, *args: Any, **more: Any) -> None:
             clock.tick()
 
     with tempfile.TemporaryDirectory() as folder:
-        trainer = SFTTrainer(
+        trainer = Trainer(
             model,
             SFTConfig(
                 folder,
@@ -178,7 +177,7 @@ def trl(options: argparse.Namespace) -> dict[str, float]:
         )
         clock = Clock(options.skip)
         trainer.train()
-    return clock.found()
+    return {**clock.found(), "loss": losses[-1]}
 
 
 def products(options: argparse.Namespace) -> dict[str, float]:
@@ -210,10 +209,7 @@ def products(options: argparse.Namespace) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="folder of a pretrained model; by default a small Llama")
-    parser.add_argument("--vocab", type=int, default=49_152, help="of the small Llama")
-    parser.add_argument("--width", type=int, default=256, help="likewise")
-    parser.add_argument("--layers", type=int, default=4, help="likewise")
+    add_model_options(parser)
     parser.add_argument("--batch", type=int, default=8, help="rows of a step")
     parser.add_argument("--length", type=int, default=256, help="tokens of a row")
     parser.add_argument("--steps", type=int, default=10)
@@ -229,22 +225,18 @@ def main() -> None:
         run = {BARE: bare, TRL: trl, PRODUCTS: products}.get(options.cell, ours)
         print(json.dumps(run(options)))
         return
-    names = ("vocab", "width", "layers", "batch", "length", "steps", "skip")
-    flags = [f"--{name}={getattr(options, name)}" for name in names]
-    flags += [f"--model={options.model}"] if options.model else []
+    names = ("batch", "length", "steps", "skip")
+    flags = [*model_flags(options), *(f"--{name}={getattr(options, name)}" for name in names)]
     runs = run_cells(__file__, CELLS, flags, options.threads, options.repeats)
     alone = run_cells(__file__, [PRODUCTS], flags, options.threads, options.repeats)[PRODUCTS]
     tokens = options.batch * options.length
     seconds = {cell: median(found, "seconds") for cell, found in runs.items()}
     mib = {cell: median(found, "mib") for cell, found in runs.items()}
-    model = options.model or (
-        f"a Llama of {options.layers} layers, width {options.width}, vocabulary {options.vocab:,}"
-    )
-    print(f"{options.batch} x {options.length} tokens, {model}.")
+    print(f"{options.batch} x {options.length} tokens, {model_said(options)}.")
     print(f"{machine(options.threads, options.repeats)}\n")
     print(
         markdown(
-            ("step", "seconds", "tokens/s", "peak MiB", "time to SFT's", "memory to SFT's"),
+            ("step", "seconds", "tokens/s", "peak MiB", "time to SFT's", "memory to SFT's", "loss"),
             [
                 (
                     cell,
@@ -253,6 +245,7 @@ def main() -> None:
                     f"{mib[cell]:,.0f}",
                     f"{seconds[cell] / seconds[SFT]:.2f}",
                     f"{mib[cell] / mib[SFT]:.2f}",
+                    f"{median(runs[cell], 'loss'):.4f}",
                 )
                 for cell in runs
             ],

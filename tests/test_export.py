@@ -18,8 +18,9 @@ from transformers import (
 
 from gift_lightning import export
 from gift_lightning.cli import main
-from gift_lightning.models import Lora, causal_lm, embedded_path
+from gift_lightning.models import Lora, causal_lm, embedded_path, tiny_llama
 from gift_lightning.quantization import four_bit
+from gift_lightning.sft import SFT
 from test_cli import TINY
 
 LORA = {
@@ -67,6 +68,17 @@ def test_the_end_is_what_training_exported(runs: Path, tmp_path: Path) -> None:
     assert ends[0] == ends[1]
     AutoTokenizer.from_pretrained(tmp_path / "out")
     assert [x.name for x in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_template_and_a_padding_token_go_along(tmp_path: Path) -> None:
+    module = SFT(tiny_llama(hidden_size=16, num_layers=1, num_heads=2))
+    module.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    module.export(str(tmp_path))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.chat_template == module.tokenizer.chat_template
+    found = json.loads((tmp_path / "generation_config.json").read_text())
+    assert found["pad_token_id"] == tokenizer.pad_token_id is not None
+    assert found["eos_token_id"] == tokenizer.eos_token_id
 
 
 def test_any_checkpoint_in_several_files_and_another_precision(runs: Path, tmp_path: Path) -> None:

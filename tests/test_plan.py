@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config
 
 from gift_lightning.cli import main
 from gift_lightning.models import load_tokenizer
 from gift_lightning.plan import Plan, _Described
 from gift_lightning.sizes import Sizes
 
+ROOT = Path(__file__).parents[1]
 MODEL = "gift_lightning.models.causal_lm"
 TRAINER = {
     "accelerator": "cpu",
@@ -175,8 +177,84 @@ def test_a_strategy_spreads_what_it_spreads(folder: Path) -> None:
     sharded = planned([*words, "fsdp2"])
     assert sharded.training["reference"] == -(-one["reference"] // 8)
     assert sharded.training["gathered"] > one["parameters"] / 2  # few blocks, a large vocabulary
+    # Blocks are divided by all, what is outside of them by the four replicas.
+    model = LlamaForCausalLM.from_pretrained(folder / "model")
+    inside = sum(p.nbytes for p in model.model.layers.parameters())
+    split = planned([*words, "FSDP2", "--trainer.strategy.tensor_parallel_size", "2"])
+    expected = (one["reference"] - inside) / 4 + inside / 8
+    assert split.training["reference"] == pytest.approx(expected, rel=1e-4)
+    assert split.training["gathered"] < sharded.training["gathered"]
+    with pytest.raises(ValueError, match="tensor_parallel_size=3 does not divide the 8 devices"):
+        planned([*words, "FSDP2", "--trainer.strategy.tensor_parallel_size", "3"])
     with pytest.raises(ValueError, match="auto, ddp and fsdp2, not deepspeed"):
         planned([*words, "deepspeed"])
+
+
+def test_a_rollout_is_shared_by_those_that_see_other_samples(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = written(folder, "rollout", grpo(folder, prompts_per_rollout=8, batch_size=4))
+    words += ["--trainer.devices", "4", "--trainer.strategy"]
+    decoded = {}
+    for tensor in (1, 2):
+        flags = ["FSDP2", "--trainer.strategy.tensor_parallel_size", str(tensor)]
+        decoded[tensor] = planned([*words, *flags]).sizes.decoded
+    assert decoded == {1: 2 * BATCH, 2: 4 * BATCH}
+    main(["plan", *words[1:], "ddp"])
+    said = capsys.readouterr().out
+    assert all(x in said for x in ("training", "rollout", "KV cache", "ddp, 4 devices"))
+    assert f"{2 * BATCH} are sampled side by side" in said
+
+
+def test_a_base_that_is_quantised_already(folder: Path, bare: Path) -> None:
+    """In 4 bits as by `load_in_4bit`; in another way it is refused."""
+    config = sft(folder, model=policy(folder, lora={"r": 8}))
+    made = config["model"]["init_args"]["model"]["init_args"]
+    made["pretrained"] = str(bare)
+    found = json.loads((bare / "config.json").read_text())
+    for kind in ({"quant_method": "bitsandbytes", "load_in_4bit": True}, {"quant_method": "gptq"}):
+        (bare / "config.json").write_text(json.dumps({**found, "quantization_config": kind}))
+        words = written(folder, "quantised", config)
+        if "load_in_4bit" not in kind:
+            with pytest.raises(ValueError, match="quantised in a way that gift plan cannot count"):
+                planned(words)
+            return
+        assert planned(words).training["parameters"] < 0.6 * bytes_of(folder)
+
+
+QWEN = {
+    "0.5B": {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14},
+    "1.5B": {"hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12},
+    "7B": {"hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28},
+}
+LAYERS = {"0.5B": (24, 2, 151_936), "1.5B": (28, 2, 151_936), "7B": (28, 4, 152_064)}
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs/cards").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_the_cards_configs_say_what_is_planned(path: Path, tmp_path: Path) -> None:
+    """With Qwen2.5's sizes (its config.json) and no weights."""
+    text = path.read_text()
+    name = re.search(r"pretrained: Qwen/Qwen2\.5-(\S+?)[,}\s]", text)[1]
+    layers, key_values, vocabulary = LAYERS[name]
+    config = Qwen2Config(
+        **QWEN[name],
+        num_hidden_layers=layers,
+        num_key_value_heads=key_values,
+        vocab_size=vocabulary,
+        max_position_embeddings=32_768,
+        tie_word_embeddings=name != "7B",
+    )
+    config.save_pretrained(tmp_path)
+    load_tokenizer("gift:countdown").save_pretrained(tmp_path)
+    plan = planned(["fit", "--config", str(path), "--model.model.pretrained", str(tmp_path)])
+    told = re.search(r"gift plan: ([\d.]+) GB; (.*)", text)
+    assert f"{plan.peak / 1e9:.1f}" == told[1]
+    for part, gigabytes in re.findall(r"(\w[\w ]*?) ([\d.]+)[,.]", told[2]):
+        assert f"{plan.training[{'head chunk': 'head'}.get(part, part)] / 1e9:.1f}" == gigabytes
+    assert plan.fits(int(re.match(r"\d+", path.stem)[0]))
+    assert f"`{path.relative_to(ROOT)}` | {told[1]} GB" in (ROOT / "docs/card.md").read_text()
 
 
 def test_half_precision_and_a_host_reference(folder: Path) -> None:

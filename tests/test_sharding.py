@@ -1,5 +1,6 @@
 """The same run in one process and in two: weights, metrics, samples, checkpoints, refusals."""
 
+import csv
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +29,7 @@ SCRIPT = Path(two_ranks.__file__)
 RESUMED = ["psft", "gift_adapter_off", "grpo_kl"]  # inside an epoch, and inside a rollout
 SPLIT = ["sft_untied", "psft", "hybrid"]
 UNDER_DDP = ["gift_trust", "gift_cached", "hybrid", *RESUMED]
+TOLERANCE = {"paper_bf16": 1e-3}  # a rounding apart is a rounding apart, in each of 20 steps
 UNDER_FSDP1 = ["sft_untied", "gift_cached", "grpo"]
 
 
@@ -42,7 +45,7 @@ def start(folder: Path, strategy: str, ranks: int, jobs: list[str]) -> None:
         port = str(free.getsockname()[1])
     group = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "GROUP_RANK": "0"}
     group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
-    processes = []
+    processes: list[tuple[Any, Path]] = []
     for rank in range(ranks):
         own = dict(os.environ)
         if strategy != "auto":
@@ -50,9 +53,13 @@ def start(folder: Path, strategy: str, ranks: int, jobs: list[str]) -> None:
         words = [str(SCRIPT), strategy, str(folder), *jobs]
         log = folder / f"{strategy}-{ranks}-{rank}.log"
         processes.append((warm.start(words, folder, own, log), Path(f"{log}.err")))
-    for process, said in processes:
-        process.join(1500)
-        assert process.exitcode == 0, said.read_text()[-3000:]
+    try:
+        for process, said in processes:
+            process.join(1500)
+            assert process.exitcode == 0, said.read_text()[-3000:]
+    finally:
+        for process, _ in processes:
+            process.kill()  # who waits for one that failed
 
 
 @pytest.fixture(scope="module")
@@ -126,15 +133,16 @@ def resumed(one: Path, ddp: Path, fsdp2: Path, fsdp1: Path, tensor: Path) -> Pat
 
 def same(found: Path, expected: Path, job: str, case: str) -> None:
     """Weights after 20 steps; and the steps of a resumed run are the last of an uninterrupted."""
+    atol = TOLERANCE.get(case, 1e-5)
     sides = (found / job, expected / case)
     mine, theirs = (load_file(f"{side}.safetensors") for side in sides)
     assert mine.keys() == theirs.keys()
     for name, weight in theirs.items():
-        torch.testing.assert_close(mine[name], weight, rtol=0, atol=1e-5, msg=name)
-    values = (json.loads(Path(f"{side}.json").read_text()) for side in sides)
+        torch.testing.assert_close(mine[name], weight, rtol=0, atol=atol, msg=name)
+    values = (json.loads(Path(f"{side}.json").read_text())[:3] for side in sides)
     (metrics, norms, samples), (same_metrics, same_norms, same_samples) = values
-    assert metrics == pytest.approx(same_metrics, abs=1e-5)
-    assert norms == pytest.approx(same_norms[-len(norms) :], rel=1e-5)
+    assert metrics == pytest.approx(same_metrics, abs=atol)
+    assert norms == pytest.approx(same_norms[-len(norms) :], rel=atol)
     assert samples == same_samples[-len(samples) :]
     assert len(samples) == (two_ranks.STEPS - two_ranks.STOP if "load" in job else two_ranks.STEPS)
 
@@ -143,7 +151,7 @@ def test_the_cases_train_and_clip(one: Path) -> None:
     """What is the same in one process and in two is no run that does nothing."""
     clipped = 0
     for case in two_ranks.CASES:
-        norms, samples = json.loads((one / f"{case}.json").read_text())[1:]
+        norms, samples = json.loads((one / f"{case}.json").read_text())[1:3]
         before = two_ranks.CASES[case]()[0].policy.state_dict()
         trained = load_file(one / f"{case}.safetensors")
         moved = max(float((x - before[name]).abs().max()) for name, x in trained.items())
@@ -161,6 +169,19 @@ def test_ddp_is_one_process(one: Path, ddp: Path, case: str) -> None:
 @pytest.mark.parametrize("case", list(two_ranks.CASES))
 def test_fsdp2_is_one_process(one: Path, fsdp2: Path, case: str) -> None:
     same(fsdp2, one, case, case)
+
+
+def test_weights_and_rollouts_are_shared(one: Path, ddp: Path, fsdp2: Path) -> None:
+    """Of 4 prompts a process samples 2; the weights are gathered once for each of 10 rollouts."""
+    for folder, weights, prompts in ((one, 1.0, 40), (ddp, 1.0, 20), (fsdp2, 0.5, 20)):
+        for case in UNDER_DDP if folder == ddp else two_ranks.CASES:
+            found = json.loads((folder / f"{case}.json").read_text())[3]
+            assert found["policy"] == pytest.approx(weights, abs=0.02)
+            whole = 1.0 if case == "gift_host" else weights
+            assert found.get("reference", whole) == pytest.approx(whole, abs=0.02)
+            if "prompts" in found:
+                # Two more: what the start checks for dropout, and what this test saves.
+                assert (found["prompts"], found["gathered"]) == (prompts, 12)
 
 
 @pytest.mark.parametrize("job", [*SPLIT, "psft:load:psft-one.ckpt"])
@@ -240,6 +261,40 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Written to runs/tiny") == 1  # by one of them
     return folder
+
+
+def test_the_command_under_ddp_is_the_command_alone(tmp_path: Path) -> None:
+    """One report, one folder, the same weights and figures."""
+    (tmp_path / "tiny.yaml").write_text(WHOLE)
+    two = ["--trainer.strategy", "ddp", "--trainer.devices", "2", "--data.batch_size", "4"]
+    found = []
+    for name, flags in (("one", []), ("two", two)):
+        folder = f"runs/{name}"
+        words = ["-m", "gift_lightning", *FIT, *flags, "--trainer.default_root_dir", folder]
+        done = warm.run(words, tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count(f"Written to {folder}") == 1
+        with (tmp_path / folder / "metrics.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        values = {k: v for row in rows for k, v in row.items() if k.startswith("val/") and v}
+        weights = load_file(tmp_path / folder / "hf/model.safetensors")
+        found.append((weights, {k: float(v) for k, v in values.items()}))
+    assert any("pass@1" in name for name in found[0][1])
+    assert found[1][1] == pytest.approx(found[0][1], abs=1e-5)
+    for name, weight in found[0][0].items():
+        torch.testing.assert_close(found[1][0][name], weight, rtol=0, atol=1e-6)
+
+
+def test_what_two_processes_cannot_share_is_one_sentence(tmp_path: Path) -> None:
+    """Each of them says it; nothing is left, and nobody waits."""
+    (tmp_path / "tiny.yaml").write_text(WHOLE.replace("num_heads: 2", "num_heads: 1"))
+    flags = ["--trainer.strategy", "FSDP2", "--trainer.strategy.tensor_parallel_size", "2"]
+    words = ["-m", "gift_lightning", *FIT, *flags, "--trainer.devices", "2"]
+    done = warm.run(words, tmp_path)
+    lines = {x for x in done.stderr.splitlines() if x.startswith("gift: error: ")}
+    assert done.returncode == 1 and len(lines) == 1
+    assert "=2 does not divide the model's num_attention_heads, 1: lower it." in lines.pop()
+    assert not (tmp_path / "runs/tiny").exists()
 
 
 def test_shards_are_exported_as_what_was_trained(

@@ -20,8 +20,11 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.optim import SGD
 
+import test_sharding
+import two_ranks
 from gift_lightning import watchdog
 from gift_lightning.cli import main
 from gift_lightning.grpo import GRPO
@@ -258,6 +261,31 @@ def test_two_processes_sample_as_one_does(url):
     start = [p.detach().flatten() for p in policy("lora").parameters() if p.requires_grad]
     assert (found[0] - torch.cat(start)).abs().max() > 1e-3
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-5)
+
+
+def test_two_processes_that_share_weights_sample_as_one_does(tmp_path, monkeypatch):
+    """Under FSDP2: the policy is gathered, written once, and read by the server."""
+    how = launch("stub", tmp_path)
+    handover = Handover(str(tmp_path))
+    handover.open()
+    handover.write_base(two_ranks.policy(), TOKENIZER)
+    running = VLLMServer(how, handover.base, ["--max-model-len", "128"])
+    try:
+        running.wait()
+        monkeypatch.setenv("SERVER", running.url)
+        found = []
+        for strategy, ranks in (("auto", 1), ("fsdp2", 2)):
+            (folder := tmp_path / strategy).mkdir()
+            test_sharding.start(folder, strategy, ranks, ["grpo_server"])
+            found.append(load_file(folder / "grpo_server.safetensors"))
+    finally:
+        running.close()
+        handover.close()
+    start = two_ranks.policy().state_dict()
+    for name, weight in found[0].items():
+        torch.testing.assert_close(found[1][name], weight, rtol=0, atol=1e-5)
+    moved = [(w - start[n.removeprefix("model.")]).abs().max() for n, w in found[0].items()]
+    assert max(moved) > 1e-3
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])

@@ -20,6 +20,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
 from gift_lightning.cache import CachedTopK
@@ -37,7 +38,8 @@ from gift_lightning.prompts import PromptData
 from gift_lightning.references import AdapterOff, FrozenCopy
 from gift_lightning.sft import SFT
 from gift_lightning.sharding import FSDP2
-from gift_lightning.targets import GIFT, PSFT, OneHot
+from gift_lightning.targets import GIFT, PSFT, Distillation, OneHot
+from gift_lightning.vllm_rollouts import VLLMServerRollout
 
 RANKS = int(os.environ.get("WORLD_SIZE", "1"))
 RANK = int(os.environ.get("RANK", "0"))
@@ -50,8 +52,9 @@ SPLIT = {"accumulate_grad_batches": 2 // REPLICAS}
 Case = tuple[PolicyModule, pl.LightningDataModule, dict[str, Any]]
 
 
-def policy(tied: bool = True, lora: bool = False) -> Any:
+def policy(tied: bool = True, lora: bool = False, **options: Any) -> Any:
     return tiny_llama(
+        **options,
         hidden_size=32,
         num_layers=2,
         num_heads=2,
@@ -79,6 +82,17 @@ def sft(target: Any = None, tied: bool = True, lora: bool = False, **options: An
     return module, demonstrations(), SPLIT
 
 
+def paper(precision: str) -> Case:
+    """configs/paper/gift_qwen2.5_7b.yaml, smaller."""
+    module = SFT(
+        policy(gradient_checkpointing=True),
+        GIFT(20.0),
+        reference=FrozenCopy(dtype="bfloat16"),
+        optimizer=optimizer,
+    )
+    return module, demonstrations(), {**SPLIT, "precision": precision}
+
+
 def prompts(**options: Any) -> PromptData:
     """A group of 4 is sampled by one rank and trained by both."""
     options = {"prompts_per_rollout": 4, "num_generations": 4, **options}
@@ -104,6 +118,8 @@ def hybrid(**options: Any) -> Case:
     return module, HybridData(prompts(), demonstrations(num_demonstrations=24)), SPLIT
 
 
+ON_A_SERVER = {"grpo_server": lambda: grpo(engine=VLLMServerRollout(os.environ["SERVER"]))}
+
 CASES: dict[str, Callable[[], Case]] = {
     "sft": sft,
     "sft_untied": lambda: sft(tied=False),
@@ -112,6 +128,10 @@ CASES: dict[str, Callable[[], Case]] = {
     "gift_trust": lambda: sft(GIFT(trust=0.9), reference=FrozenCopy(), reduction="sequence"),
     "gift_adapter_off": lambda: sft(GIFT(5.0), lora=True, reference=AdapterOff()),
     "gift_cached": lambda: sft(GIFT(5.0), reference=CachedTopK(CACHE, k=8)),
+    "gift_host": lambda: sft(GIFT(5.0), reference=FrozenCopy(device="cpu")),
+    "teacher": lambda: sft(Distillation(0.5), reference=FrozenCopy("gift:countdown")),
+    "paper": lambda: paper("32-true"),
+    "paper_bf16": lambda: paper("bf16-mixed"),
     "psft": lambda: sft(PSFT(), old_policy_every=3),
     "psft_lora": lambda: sft(PSFT(), lora=True, old_policy_every=3),
     "grpo": grpo,
@@ -121,6 +141,10 @@ CASES: dict[str, Callable[[], Case]] = {
 }
 
 
+def local(p: Any) -> Any:
+    return p.to_local() if isinstance(p, DTensor) else p
+
+
 class Watch(pl.Callback):
     """What was measured; the gradient's norm and the samples of every step."""
 
@@ -128,6 +152,28 @@ class Watch(pl.Callback):
         self.metrics: dict[str, float] = {}
         self.norms: list[float] = []
         self.samples: list[list[int]] = []
+        self.shares: dict[str, float] = {}
+
+    def on_fit_start(self, trainer: Any, module: Any) -> None:
+        """What part of the weights lies here, and what this process has to do in a rollout."""
+        reference = getattr(module.reference, "policy", None)
+        for name, policy in (("policy", module.policy), ("reference", reference)):
+            if policy is not None:
+                held = [(local(p).numel(), p.numel()) for p in policy.parameters()]
+                mine, all_of_it = map(sum, zip(*held, strict=True))
+                self.shares[name] = mine / all_of_it
+        if isinstance(module, GRPO):
+            self._count(module.engine, "generate", "prompts", lambda prompts, *_: len(prompts))
+            self._count(module.policy, "whole", "gathered", lambda *_: 1)
+
+    def _count(self, owner: Any, method: str, name: str, size: Callable[..., int]) -> None:
+        real, self.shares[name] = getattr(owner, method), 0
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.shares[name] += size(*args)
+            return real(*args, **kwargs)
+
+        setattr(owner, method, counted)
 
     def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
         norm = gradient_norm(module.parameters())
@@ -185,7 +231,7 @@ def main(strategy: str, folder: str, *jobs: str) -> None:
         name, verb, path = (*job.split(":"), "", "")[:3]
         checkpoint = Path(folder, path) if path else None
         torch.manual_seed(0)
-        case = CASES[name]()
+        case = {**CASES, **ON_A_SERVER}[name]()
         used: Any = strategy
         if strategy == "tensor":
             used = FSDP2(tensor_parallel_size=2)
@@ -206,7 +252,7 @@ def main(strategy: str, folder: str, *jobs: str) -> None:
             called = name if verb == "save" and not ends else job
             weights = {k: v.clone().contiguous() for k, v in state.items()}
             save_file(weights, f"{called}.safetensors")
-            found = [watch.metrics, watch.norms, watch.samples]
+            found = [watch.metrics, watch.norms, watch.samples, watch.shares]
             Path(f"{called}.json").write_text(json.dumps(found))
 
 

@@ -1,9 +1,10 @@
 """Tensors without data: a model's steps run as they are, and the memory that they take is counted.
 
-Inside a `ByteCounter` floating-point tensors are torch's FakeTensors, which have a shape, a dtype and a
-device but no numbers: nothing is computed and nothing is allocated. Token ids, positions and masks
-are real, so that what a model decides from them (packed documents, attention masks) is decided as
-in training. Numbers that are read off a tensor without data are 0, and comparisons are false.
+Inside a `ByteCounter` floating-point tensors are torch's FakeTensors, which have a shape, a dtype
+and a device but no numbers: nothing is computed and nothing is allocated. Token ids, positions and
+masks are real, so that what a model decides from them (packed documents, attention masks) is
+decided as in training. Numbers that are read off a tensor without data are 0, and comparisons are
+false.
 """
 
 import sys

@@ -263,6 +263,13 @@ def _unloaded(
 ) -> PreTrainedModel:
     """What `from_pretrained` would give, with weights that are not those of the folder."""
     config = AutoConfig.from_pretrained(name, **source)
+    if kind := getattr(config, "quantization_config", None):
+        if not kind.get("load_in_4bit"):
+            raise ValueError(
+                f"the weights of {name!r} are quantised in a way that gift plan cannot count: give "
+                "it the model that they were made from."
+            )
+        quantization_config = kind
     own = config.dtype if dtype == "auto" else getattr(torch, dtype)
     options = {"dtype": own, "attn_implementation": attn_implementation}
     model = cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, **options))

@@ -400,6 +400,7 @@ class PolicyModule(pl.LightningModule):
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         generation = copy.deepcopy(base_model(self.model).generation_config)
         generation.eos_token_id = ends[0] if len(ends) == 1 else ends
+        generation.pad_token_id = self.tokenizer.pad_token_id
         generation.save_pretrained(folder)
 
     @property

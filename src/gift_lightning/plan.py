@@ -9,8 +9,8 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
+from gift_lightning.branches import blocks
 from gift_lightning.cli import GiftCLI
 from gift_lightning.footprint import Footprint
 from gift_lightning.models import base_model
@@ -75,11 +75,19 @@ class _Described(GiftCLI):
     def instantiate_classes(self) -> None:
         said = self.config[self.subcommand].trainer
         devices = _devices(said.devices) * said.num_nodes
+        options = getattr(said.strategy, "init_args", {})
+        tensor = int(options.get("tensor_parallel_size", 1))
+        if tensor < 1 or devices % tensor:
+            raise ValueError(
+                f"trainer.strategy.tensor_parallel_size={tensor} does not divide the {devices} "
+                "devices: change one of them."
+            )
         setting = Setting(
             said.accelerator != "cpu",
             said.precision or "32-true",
             said.accumulate_grad_batches,
             devices,
+            tensor,
         )
         footprint = Footprint(self._build, setting)
         strategy = self._get(self.config_init, "trainer").strategy
@@ -105,12 +113,14 @@ def planned(footprint: Footprint, strategy: str | Strategy = "auto") -> Plan:
     exchanged. Under FSDP2 parameters, gradients, optimizer states and a FrozenCopy are divided by
     the devices, and a unit at a time is gathered: what is outside the blocks stays, two blocks are
     there while the next is fetched, a block's gradients until they are spread; a rollout gathers
-    all weights.
+    all weights. Tensor parallelism divides the blocks' weights once more, and what is outside them
+    by the replicas only; the blocks' activations, which it divides too, count whole.
 
     Raises:
         ValueError: the strategy is another.
     """
-    devices = footprint.setting.devices
+    setting = footprint.setting
+    devices, tensor = setting.devices, setting.tensor_parallel_size
     name = _strategy(strategy, devices)
     training, rollout = footprint.training(), footprint.rollout()
     model = footprint.module.model
@@ -122,11 +132,13 @@ def planned(footprint: Footprint, strategy: str | Strategy = "auto") -> Plan:
             phase["gradients"] = phase.get("gradients", 0) + trained
         if name == "fsdp2":
             whole = phase["parameters"]
+            sizes = [sum(p.nbytes for p in x.parameters()) for x in blocks(base_model(model))]
+            outside, largest = whole - sum(sizes), max(sizes, default=0)
+            share = (whole - outside) * setting.replicas + outside * devices
             for part in _SHARDED:
-                phase[part] = -(-phase.get(part, 0) // devices)
-            blocks = _blocks(base_model(model))
-            largest = max(blocks, default=0)
-            unit = min(whole - sum(blocks) + 3 * largest, whole)
+                found = phase.get(part, 0) * share
+                phase[part] = -(-found // (whole * devices * setting.replicas))
+            unit = min(outside + 3 * largest // tensor, whole)
             phase["gathered"] = unit if phase is training else whole - phase["parameters"]
     about = footprint.module.about
     return Plan(about, training, rollout, footprint.sizes, name, devices)
@@ -154,13 +166,6 @@ def _views(strategy: str | Strategy) -> bool:
     """Whether gradients live in DDP's buckets, and not beside them."""
     options = strategy._ddp_kwargs if isinstance(strategy, DDPStrategy) else {}
     return bool(options.get("gradient_as_bucket_view"))
-
-
-def _blocks(model: nn.Module) -> list[int]:
-    """Bytes of each transformer block."""
-    lists = [x for x in model.modules() if isinstance(x, nn.ModuleList)]
-    longest = max(lists, key=len, default=nn.ModuleList())
-    return [sum(p.nbytes for p in block.parameters()) for block in longest]
 
 
 def show(plan: Plan, console: Console | None = None) -> None:

@@ -33,8 +33,10 @@ _PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-true")
 class FSDP2(ModelParallelStrategy):
     """Fully sharded data parallelism by `fully_shard`, on any device.
 
-    A transformer block is a unit, and so are what is left and an embedding that is not the head;
-    one unit at a time is gathered, in the weights' own dtype. Gradients are those of one process.
+    A transformer block is a unit, and so are what is left and an embedding that is not the head.
+    Units are gathered in the weights' own dtype: a block while it is computed and the next one is
+    fetched, what is left from the start of the forward pass to the end of the backward pass.
+    Gradients are those of one process.
 
     Args:
         tensor_parallel_size: neighbouring devices that share every matrix product of a block, and

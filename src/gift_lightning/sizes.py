@@ -32,12 +32,19 @@ class Setting:
         precision: as the trainer's.
         accumulate: micro-batches of an optimizer step.
         devices: of the whole run.
+        tensor_parallel_size: how many of them share each sample.
     """
 
     accelerator: bool = True
     precision: Any = "32-true"
     accumulate: int = 1
     devices: int = 1
+    tensor_parallel_size: int = 1
+
+    @property
+    def replicas(self) -> int:
+        """How many see samples of their own."""
+        return self.devices // self.tensor_parallel_size
 
 
 @dataclass(frozen=True)
@@ -78,7 +85,7 @@ def sizes(module: PolicyModule, data: pl.LightningDataModule, setting: Setting) 
         return Sizes(_longest_samples(module, data))
     if isinstance(data, PromptData) and isinstance(module, OnPolicy):
         completion, group = module.sampling.max_completion_length, data.num_generations
-        rollout = -(-data.prompts_per_rollout // setting.devices) * group
+        rollout = -(-data.prompts_per_rollout // setting.replicas) * group
         size = data._batch_size or -(-rollout // setting.accumulate)
         own = module.engine.batch_size if isinstance(module.engine, HFRollout) else 0
         prompt = _longest_prompt(module, data, completion)
