@@ -15,6 +15,7 @@ from gift_lightning.dataless import AsAccelerator, ByteCounter
 from gift_lightning.generation import generate
 from gift_lightning.hybrid import Hybrid
 from gift_lightning.imitation import Imitation
+from gift_lightning.matmul import two_chunks
 from gift_lightning.models import base_model, without_weights
 from gift_lightning.module import PolicyModule
 from gift_lightning.onpolicy import OnPolicy
@@ -73,7 +74,7 @@ class Footprint:
     @contextmanager
     def _inside(self) -> Iterator[None]:
         way = AsAccelerator() if self.setting.accelerator else nullcontext()
-        with warnings.catch_warnings(), without_weights(), self.counter, way:
+        with warnings.catch_warnings(), without_weights(), two_chunks(), self.counter, way:
             warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
             yield
 

@@ -67,7 +67,7 @@ class Gate(Controller):
     mu = 0.0
     weight: float = 1.0
     share: float = 0.0
-    _state = ("share",)  # it is logged until the next rollout
+    _state: tuple[str, ...] = ("share",)  # it is logged until the next rollout
 
     @abstractmethod
     def decide(self, groups: Groups, advantages: Advantages) -> Decision:

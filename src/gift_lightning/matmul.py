@@ -1,11 +1,14 @@
 """Matrix products of a language-model head in float32 or better, however narrow the inputs."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
 
 _VOCABULARY_BLOCK = 8192  # rows of a half-precision head that are widened at a time
+_all_chunks = ContextVar("all_chunks", default=True)
 
 
 def math_dtype(x: Tensor) -> torch.dtype:
@@ -20,8 +23,24 @@ def default_chunk(weight: Tensor) -> int:
     return max(64, -(-(logits // len(weight)) // 64) * 64)
 
 
+@contextmanager
+def two_chunks() -> Iterator[None]:
+    """In here two chunks of tokens stand for all: the memory is theirs, the results are not."""
+    token = _all_chunks.set(False)
+    try:
+        yield
+    finally:
+        _all_chunks.reset(token)
+
+
 def chunks(n: int, size: int) -> Iterator[slice]:
-    return (slice(i, min(i + size, n)) for i in range(0, n, size))
+    """Of n tokens, `size` at a time."""
+    starts = range(0, n, size)
+    return _slices(starts if _all_chunks.get() else starts[:2], size, n)
+
+
+def _slices(starts: range, size: int, end: int) -> Iterator[slice]:
+    return (slice(i, min(i + size, end)) for i in starts)
 
 
 def _fused_half(a: Tensor, b: Tensor) -> bool:
@@ -30,7 +49,7 @@ def _fused_half(a: Tensor, b: Tensor) -> bool:
 
 
 def _blocks(weight: Tensor) -> Iterator[slice]:
-    return chunks(len(weight), _VOCABULARY_BLOCK)
+    return _slices(range(0, len(weight), _VOCABULARY_BLOCK), _VOCABULARY_BLOCK, len(weight))
 
 
 def matmul_nt(hidden: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
