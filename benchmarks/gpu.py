@@ -2,13 +2,15 @@
 
     python benchmarks/gpu.py
 
-It needs torch, transformers, peft and this package, no hub and no data: the model has random
-weights and the sizes of Qwen2.5-0.5B, the head those of Qwen2.5-1.5B. Tables:
+It needs torch, transformers, peft and this package, no hub and no data: models have random weights
+and the sizes of Qwen2.5 (0.5B for steps, 1.5B for the head). Tables:
 
 - the head: forward and backward from hidden states and weights in bfloat16, fused and dense, and
   fused with the elementwise part (`loss.evaluate`) under `torch.compile`;
 - an optimizer step of GIFT: all weights, LoRA, QLoRA (where bitsandbytes is there); the same
   documents packed on SDPA and padded;
+- the example configs for one card (`configs/cards/`, where bitsandbytes is there): what `gift plan`
+  says that they take, and what they take;
 - parity of bfloat16 with float32, of packed with padded and of compiled with eager, each with its
   tolerance. The exit code is 1 if one does not hold.
 
@@ -16,19 +18,24 @@ Memory is the peak during a pass beyond what was there before the cell, and for 
 """
 
 import argparse
+import shutil
 import statistics
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
+import cards
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from gift_lightning import head, loss
 from gift_lightning.collate import Batch, collate
@@ -58,6 +65,13 @@ class Sizes:
     backend: str = "inductor"
 
 
+TOY = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
 DRY = Sizes(32, 256, 16, 1, 16, 2, 32, 4, 12, 1, "aot_eager")
 
 
@@ -68,6 +82,7 @@ class Bench:
         self.device, self.sizes = torch.device(device), sizes
         self.until = time.perf_counter() + seconds
         self.rows: list[str] = []
+        self.configs: list[str] = []
         self.checks: list[str] = []
         self.failed = False
 
@@ -252,6 +267,34 @@ def steps(bench: Bench, folder: str) -> None:
         del policy, reference, optimizer, trained, step
 
 
+def configs(bench: Bench, folder: str) -> None:
+    """Rows of the example configs, the smallest model first."""
+    for path in sorted(cards.CONFIGS, key=lambda path: float(cards.model_of(path)[:-1])):
+        name, place = f"configs/cards/{path.name}", Path(folder, path.stem)
+        place.mkdir()
+        config = cards.qwen(cards.model_of(path))
+        if bench.device.type == "cpu":
+            config = Qwen2Config(vocab_size=256, **TOY)
+        if find_spec("bitsandbytes") is None or time.perf_counter() > bench.until:
+            why = "no bitsandbytes here" if time.perf_counter() <= bench.until else "out of time"
+            bench.configs.append(f"| {name} | not run: {why} | | | |")
+            continue
+        try:
+            found = cards.measured(path, config, place, bench.device.type)
+        except (SystemExit, Exception) as failure:  # what was measured before is not lost
+            traceback.print_exc()
+            bench.failed = True
+            bench.configs.append(f"| {name} | failed: {type(failure).__name__} | | | |")
+            continue
+        finally:
+            shutil.rmtree(place)
+        cells = [f"{found[key]:,.2f}" for key in ("planned", "taken")]
+        if bench.device.type == "cpu":
+            cells = ["–", "–"]
+        cells += [f"{found['tokens/s']:,.0f}", f"{found['loss']:.4f}"]
+        bench.configs.append(f"| {name} | {' | '.join(cells)} |")
+
+
 @torch.no_grad()
 def states(policy: Policy, batch: Batch, half: bool = True) -> Tensor:
     """[n, d] final hidden states at the supervised tokens, document by document."""
@@ -265,8 +308,6 @@ def _apart(found: Tensor, expected: Tensor) -> float:
 
 
 def random_model(s: Sizes, folder: str) -> None:
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
     config = Qwen2Config(
         vocab_size=s.vocab,
         hidden_size=s.hidden,
@@ -293,13 +334,15 @@ def main() -> None:
     print(f"{name}; torch {torch.__version__}; {sizes}\n")
     with tempfile.TemporaryDirectory() as folder:
         random_model(sizes, folder)
-        for part in heads, steps:
+        for part in heads, steps, configs:
             try:
                 part(bench, folder)
             except torch.OutOfMemoryError:
                 bench.rows.append(f"| the rest of {part.__name__}: out of memory | | | |")
     print("| cell | tokens/s | peak memory (GiB) | loss |\n|---|---|---|---|")
     print("\n".join(bench.rows))
+    print("\n| config | planned (GB) | taken (GB) | tokens/s | loss |\n|---|---|---|---|---|")
+    print("\n".join(bench.configs))
     print("\n| parity | relative error | tolerance | holds |\n|---|---|---|---|")
     print("\n".join(bench.checks))
     sys.exit(int(bench.failed))
