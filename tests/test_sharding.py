@@ -23,7 +23,7 @@ import warm
 from gift_lightning.cli import main
 from gift_lightning.models import Lora, tiny_llama
 from gift_lightning.policy import Policy
-from gift_lightning.sharding import check_names, is_folder_of_shards, tensor_plan
+from gift_lightning.sharding import check_names, is_folder_of_shards, read_shards, tensor_plan
 
 SCRIPT = Path(two_ranks.__file__)
 RESUMED = ["psft", "gift_adapter_off", "grpo_kl"]  # inside an epoch, and inside a rollout
@@ -86,14 +86,14 @@ def ddp(one: Path) -> Path:
     """Some in two processes, which go on from the one's checkpoints and leave their own."""
     loads = [f"{case}:load:{case}-one.ckpt" for case in RESUMED]
     folder = after("ddp", one)
-    start(folder, "ddp", 2, [*jobs_of(UNDER_DDP, "ddp"), *loads])
+    start(folder, "ddp", 2, [*jobs_of(UNDER_DDP, "ddp"), *loads, "hybrid_gradient"])
     return folder
 
 
 @pytest.fixture(scope="module")
 def fsdp2(one: Path) -> Path:
     """All in two processes, which also go on from their own shards."""
-    jobs = jobs_of(two_ranks.CASES, "fsdp2")
+    jobs = [*jobs_of(two_ranks.CASES, "fsdp2"), "hybrid_gradient"]
     for case in RESUMED:
         jobs += [f"{case}:load:{case}-one.ckpt"]
         jobs += [f"{case}:{verb}:{case}-shards.ckpt" for verb in ("save", "load")]
@@ -171,6 +171,11 @@ def test_fsdp2_is_one_process(one: Path, fsdp2: Path, case: str) -> None:
     same(fsdp2, one, case, case)
 
 
+def test_gradients_are_measured_on_shards(ddp: Path, fsdp2: Path) -> None:
+    """GAC's gradient estimator, which depends on who has which micro-batch: two against two."""
+    same(fsdp2, ddp, "hybrid_gradient", "hybrid_gradient")
+
+
 def test_weights_and_rollouts_are_shared(one: Path, ddp: Path, fsdp2: Path) -> None:
     """Of 4 prompts a process samples 2; the weights are gathered once for each of 10 rollouts."""
     for folder, weights, prompts in ((one, 1.0, 40), (ddp, 1.0, 20), (fsdp2, 0.5, 20)):
@@ -213,6 +218,15 @@ def test_two_go_on_where_one_was(
 def test_two_go_on_from_shards(one: Path, fsdp2: Path, case: str) -> None:
     assert (fsdp2 / f"{case}-shards.ckpt").is_dir()
     same(fsdp2, one, f"{case}:load:{case}-shards.ckpt", case)
+
+
+def test_shards_are_read_without_processes(one: Path, fsdp2: Path) -> None:
+    """As `gift export` reads them: all weights, in the middle of a run."""
+    saved = torch.load(one / "psft-one.ckpt", weights_only=True)["state_dict"]
+    own = {name: torch.empty_like(x) for name, x in saved.items()}
+    read_shards(fsdp2 / "psft-shards.ckpt", own)
+    for name, weight in saved.items():
+        torch.testing.assert_close(own[name], weight, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", RESUMED)

@@ -112,13 +112,17 @@ def grpo(lora: bool = False, **options: Any) -> Case:
     return GRPO(policy(lora=lora), **{**RL, **options}), prompts(), SPLIT
 
 
-def hybrid(**options: Any) -> Case:
-    gac = GAC(update_every=1, ema_beta=0.5, change_cap=0.05, prior=None)
+def hybrid(estimator: Any = "proxy", **options: Any) -> Case:
+    rule = {"update_every": 1, "ema_beta": 0.5, "change_cap": 0.05, "prior": None}
+    gac = GAC(**rule, estimator=estimator)
     module = Hybrid(policy(), controller=gac, **{**RL, **options})
     return module, HybridData(prompts(), demonstrations(num_demonstrations=24)), SPLIT
 
 
-ON_A_SERVER = {"grpo_server": lambda: grpo(engine=VLLMServerRollout(os.environ["SERVER"]))}
+APART: dict[str, Callable[[], Case]] = {  # not of every run, or not the same in one process
+    "grpo_server": lambda: grpo(engine=VLLMServerRollout(os.environ["SERVER"])),
+    "hybrid_gradient": lambda: hybrid(estimator="gradient"),
+}
 
 CASES: dict[str, Callable[[], Case]] = {
     "sft": sft,
@@ -231,7 +235,7 @@ def main(strategy: str, folder: str, *jobs: str) -> None:
         name, verb, path = (*job.split(":"), "", "")[:3]
         checkpoint = Path(folder, path) if path else None
         torch.manual_seed(0)
-        case = {**CASES, **ON_A_SERVER}[name]()
+        case = {**CASES, **APART}[name]()
         used: Any = strategy
         if strategy == "tensor":
             used = FSDP2(tensor_parallel_size=2)
