@@ -1,5 +1,7 @@
 """Measures what real runs take: `python peak_memory.py CASES.json` prints one JSON list of bytes.
 
+With RANK PORT behind it every case is run by two such processes, as torchrun would start them.
+
 Every case is a command line of `gift`, run in a process of its own that is forked when the first of
 them has imported and warmed what all need. What counts is anonymous memory: how many pages of the
 libraries are resident is for the kernel to say. Freed memory goes back to the system at once, so
@@ -33,20 +35,31 @@ def grown(words: list[str]) -> int:
     return resident("VmHWM") - resident("RssFile") - before  # what is read from files only grows
 
 
-def measured(words: list[str]) -> int:
+def measured(words: list[str], group: dict[str, str]) -> int:
     receiver, sender = os.pipe()
     child = os.fork()
     if not child:
+        os.environ.update(group)
         os.write(sender, str(grown(words)).encode())
         os._exit(0)
     os.waitpid(child, 0)
     return int(os.read(receiver, 64))
 
 
+def group(rank: str, port: int) -> dict[str, str]:
+    """The environment of one of two processes."""
+    ranks = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "RANK": rank}
+    ranks |= {"LOCAL_RANK": rank, "TORCHELASTIC_RUN_ID": "test"}
+    return {**ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
 if __name__ == "__main__":
     ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 65536)
-    warm, *cases = json.loads(Path(sys.argv[1]).read_text())
+    path, *rank = sys.argv[1:]
+    warm, *cases = json.loads(Path(path).read_text())
     out = os.dup(1)
     os.dup2(2, 1)  # the only thing on the standard output is the result
     main(warm)
-    print(json.dumps([measured(words) for words in cases]), file=os.fdopen(out, "w"))
+    groups = [group(rank[0], int(rank[1]) + i) if rank else {} for i in range(len(cases))]
+    found = [measured(words, given) for words, given in zip(cases, groups, strict=True)]
+    print(json.dumps(found), file=os.fdopen(out, "w"))

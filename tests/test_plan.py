@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -110,22 +111,46 @@ def planned(words: list[str]):
     return _Described(words).plan
 
 
+SPREAD = [("GIFT with FrozenCopy", "ddp"), ("GIFT with FrozenCopy", "fsdp2"), ("GRPO", "fsdp2")]
+
+
+def spread(folder: Path, name: str, strategy: str) -> list[str]:
+    """The command of a case by two processes, each of which takes what one takes alone."""
+    config = grpo(folder, prompts_per_rollout=4) if name == "GRPO" else CASES[name](folder)
+    words = written(folder, f"{name}, {strategy}", config)
+    return [*words, "--trainer.strategy", strategy, "--trainer.devices", "2"]
+
+
+def peaks(folder: Path, commands: list[list[str]], *rank: str) -> "subprocess.Popen[str]":
+    """Bytes at the peak of a real run of each command, as JSON."""
+    name = "".join(["warm", *rank[:1]])
+    warm = written(folder, name, CASES["GIFT with AdapterOff"](folder))
+    (folder / f"{name}.json").write_text(json.dumps([warm, *commands]))
+    script = Path(__file__).with_name("peak_memory.py")
+    words = [sys.executable, str(script), str(folder / f"{name}.json"), *rank]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        words, stdout=subprocess.PIPE, env=environment, cwd=script.parent, text=True
+    )
+
+
 @pytest.fixture(scope="module")
 def measured(folder: Path) -> dict[str, int]:
     """Bytes at the peak of a real run of each case."""
-    commands = [written(folder, "warm", CASES["GIFT with AdapterOff"](folder))]
-    commands += [written(folder, name, case(folder)) for name, case in CASES.items()]
-    (folder / "cases.json").write_text(json.dumps(commands))
-    script = Path(__file__).with_name("peak_memory.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(script), str(folder / "cases.json")],
-        stdout=subprocess.PIPE,
-        env=environment,
-        cwd=script.parent,
-        check=True,
-    )
-    return dict(zip(CASES, json.loads(done.stdout), strict=True))
+    process = peaks(folder, [written(folder, name, case(folder)) for name, case in CASES.items()])
+    return dict(zip(CASES, json.loads(process.communicate()[0]), strict=True))
+
+
+@pytest.fixture(scope="module")
+def shared(folder: Path) -> dict[tuple[str, str], list[int]]:
+    """The same of each of two processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    commands = [spread(folder, *case) for case in SPREAD]
+    processes = [peaks(folder, commands, str(rank), port) for rank in (0, 1)]
+    both = [json.loads(process.communicate()[0]) for process in processes]
+    return dict(zip(SPREAD, zip(*both, strict=True), strict=True))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="measures resident memory as Linux counts it")
@@ -134,6 +159,17 @@ def test_a_run_takes_what_was_planned(folder: Path, measured: dict[str, int], na
     plan = planned(written(folder, name, CASES[name](folder)))
     print(f"{name}: planned {plan.peak / 1e6:.0f} MB, measured {measured[name] / 1e6:.0f} MB")
     assert plan.peak == pytest.approx(measured[name], rel=0.15)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="measures resident memory as Linux counts it")
+@pytest.mark.parametrize(("name", "strategy"), SPREAD)
+def test_each_of_two_takes_what_was_planned(
+    folder: Path, shared: dict[tuple[str, str], list[int]], name: str, strategy: str
+) -> None:
+    plan = planned(spread(folder, name, strategy))
+    for found in shared[name, strategy]:
+        print(f"{name}, {strategy}: planned {plan.peak / 1e6:.0f}, measured {found / 1e6:.0f} MB")
+        assert plan.peak == pytest.approx(found, rel=0.15)
 
 
 @pytest.fixture
