@@ -1,16 +1,15 @@
 """The benchmark of a GPU says that there is none; its code runs at toy sizes on a CPU."""
 
 import math
-import os
 import subprocess
-import sys
 from pathlib import Path
+
+import warm
 
 
 def gpu(repository: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(repository / "benchmarks" / "gpu.py"), *flags]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+    words = [str(repository / "benchmarks" / "gpu.py"), *flags]
+    return warm.run(words, repository, CUDA_VISIBLE_DEVICES="")
 
 
 def test_without_a_device_it_says_so(repository: Path) -> None:

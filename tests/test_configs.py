@@ -1,5 +1,6 @@
 """Every file under configs/ parses against the real signatures, says one thing, and stays short."""
 
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -108,7 +109,7 @@ def _subclasses(cls: type) -> set[type]:
     return {cls}.union(*(_subclasses(c) for c in cls.__subclasses__()))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def parse():
     """Parses a config as `gift fit --config` does, without building anything."""
 
@@ -119,6 +120,7 @@ def parse():
         def before_instantiate_classes(self) -> None:
             raise Parsed(self)
 
+    @cache
     def parse(path: Path):
         with pytest.raises(Parsed) as parsed:
             ParseOnly(["fit", "--config", str(path)])

@@ -111,7 +111,7 @@ def planned(words: list[str]):
     return _Described(words).plan
 
 
-SPREAD = [("GIFT with FrozenCopy", "ddp"), ("GIFT with FrozenCopy", "fsdp2"), ("GRPO", "fsdp2")]
+SPREAD = [("GIFT with FrozenCopy", "ddp"), ("GRPO", "fsdp2")]
 
 
 def spread(folder: Path, name: str, strategy: str) -> list[str]:
