@@ -84,7 +84,6 @@ def test_sft(table, capsys) -> None:
     loss = {cell: float(row[-1]) for cell, row in found.items() if "." in row[-1]}
     assert all(abs(loss[cell] - loss["SFT"]) < 2e-4 for cell in standard)
     assert loss["GIFT, cached reference"] == pytest.approx(loss["GIFT, frozen copy"], abs=0.01)
-    assert abs(loss["GIFT, frozen copy"] - loss["SFT"]) > 1e-3
 
 
 def test_packing(table, tmp_path) -> None:
