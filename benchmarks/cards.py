@@ -6,19 +6,19 @@ the largest length that a config allows, so that neither a hub nor data are need
 
 import csv
 import json
-import re
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from measuring import ROOT
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from gift_lightning.cli import main
 from gift_lightning.models import load_tokenizer
-from gift_lightning.plan import _Described
+from gift_lightning.plan import plan_of
 
 CONFIGS = sorted((ROOT / "configs" / "cards").glob("*.yaml"))
 STEPS = 3  # the first is slower
@@ -47,13 +47,12 @@ def qwen(name: str) -> Qwen2Config:
 
 def model_of(path: Path) -> str:
     """Which Qwen2.5 a config trains."""
-    found = re.search(r"pretrained: Qwen/Qwen2\.5-([\w.]+)", path.read_text())
-    assert found, path
-    return found[1]
+    model = yaml.safe_load(path.read_text())["model"]["init_args"]["model"]["init_args"]
+    return str(model["pretrained"]).removeprefix("Qwen/Qwen2.5-")
 
 
-def write_model(config: Qwen2Config, folder: Path, device: str) -> None:
-    """Random weights, and a tokenizer whose ids they have."""
+def write_model(config: Qwen2Config, folder: Path, device: str = "cpu") -> None:
+    """Random weights, made on a device, and a tokenizer whose ids they have."""
     torch.manual_seed(0)
     with torch.device(device):
         model = Qwen2ForCausalLM(config).to(torch.bfloat16)
@@ -64,29 +63,28 @@ def write_model(config: Qwen2Config, folder: Path, device: str) -> None:
 def measured(path: Path, config: Qwen2Config, folder: Path, device: str) -> dict[str, Any]:
     """What `gift plan` and `gift fit` say of a config: GB planned and taken, tokens/s, loss."""
     write_model(config, folder / "model", device)
+    said = yaml.safe_load(path.read_text())
+    model, data = said["model"]["init_args"], said["data"]["init_args"]
+    length = 12 if device == "cpu" else data["max_length"]
     words = ["--config", str(path), "--model.model.pretrained", str(folder / "model")]
     words += ["--data.train", str(folder / "rows.jsonl"), "--data.val", "null"]
     words += ["--data.chat", "false", "--trainer.default_root_dir", str(folder / "run")]
     words += ["--trainer.max_steps", str(STEPS), "--trainer.log_every_n_steps", "1"]
     words += ["--trainer.enable_checkpointing", "false", "--trainer.enable_progress_bar", "false"]
     if device == "cpu":
-        words += ["--data.max_length", "12", "--trainer.accelerator", "cpu"]
-        if "Paged" in path.read_text():  # to the host, where this is
+        words += ["--data.max_length", str(length), "--trainer.accelerator", "cpu"]
+        if "Paged" in model["optimizer"]["class_path"]:  # to the host, where this is
             words += ["--model.optimizer", "bitsandbytes.optim.AdamW8bit"]
-    said = path.read_text()
-    longest, rows, parts = (
-        int(re.search(rf"{key}: (\d+)", said)[1])  # type: ignore[index]
-        for key in ("max_length", "batch_size", "accumulate_grad_batches")
-    )
-    shape = (rows * parts * STEPS, 12 if device == "cpu" else longest)
+    rows = data["batch_size"] * said["trainer"]["accumulate_grad_batches"] * STEPS
+    shape = (rows, length)
     ids = torch.randint(0, config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
     lines = (json.dumps({"input_ids": row}) for row in ids.tolist())
     (folder / "rows.jsonl").write_text("\n".join(lines))
     with redirect_stdout(sys.stderr):
-        if "CachedTopK" in said:
+        if "CachedTopK" in str(model["reference"]):
             words += ["--model.reference.path", str(folder / "cache")]
             main(["cache-reference", *words])
-        planned = _Described(["fit", *words]).plan
+        planned = plan_of(words)
         main(["fit", *words])
     with (folder / "run" / "metrics.csv").open() as file:
         steps = [row for row in csv.DictReader(file) if row["train/loss"]]

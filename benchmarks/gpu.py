@@ -35,7 +35,7 @@ import cards
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config
 
 from gift_lightning import head, loss
 from gift_lightning.collate import Batch, collate
@@ -65,13 +65,6 @@ class Sizes:
     backend: str = "inductor"
 
 
-TOY = {
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-}
 DRY = Sizes(32, 256, 16, 1, 16, 2, 32, 4, 12, 1, "aot_eager")
 
 
@@ -271,14 +264,14 @@ def configs(bench: Bench, folder: str) -> None:
     """Rows of the example configs, the smallest model first."""
     for path in sorted(cards.CONFIGS, key=lambda path: float(cards.model_of(path)[:-1])):
         name, place = f"configs/cards/{path.name}", Path(folder, path.stem)
-        place.mkdir()
-        config = cards.qwen(cards.model_of(path))
-        if bench.device.type == "cpu":
-            config = Qwen2Config(vocab_size=256, **TOY)
-        if find_spec("bitsandbytes") is None or time.perf_counter() > bench.until:
-            why = "no bitsandbytes here" if time.perf_counter() <= bench.until else "out of time"
+        late = time.perf_counter() > bench.until
+        if late or find_spec("bitsandbytes") is None:
+            why = "out of time" if late else "no bitsandbytes here"
             bench.configs.append(f"| {name} | not run: {why} | | | |")
             continue
+        dry = bench.device.type == "cpu"
+        config = small(bench.sizes) if dry else cards.qwen(cards.model_of(path))
+        place.mkdir()
         try:
             found = cards.measured(path, config, place, bench.device.type)
         except (SystemExit, Exception) as failure:  # what was measured before is not lost
@@ -288,9 +281,7 @@ def configs(bench: Bench, folder: str) -> None:
             continue
         finally:
             shutil.rmtree(place)
-        cells = [f"{found[key]:,.2f}" for key in ("planned", "taken")]
-        if bench.device.type == "cpu":
-            cells = ["–", "–"]
+        cells = ["–" if dry else f"{found[key]:,.2f}" for key in ("planned", "taken")]
         cells += [f"{found['tokens/s']:,.0f}", f"{found['loss']:.4f}"]
         bench.configs.append(f"| {name} | {' | '.join(cells)} |")
 
@@ -307,18 +298,17 @@ def _apart(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-def random_model(s: Sizes, folder: str) -> None:
-    config = Qwen2Config(
+def small(s: Sizes) -> Qwen2Config:
+    """The model of the steps."""
+    return Qwen2Config(
         vocab_size=s.vocab,
         hidden_size=s.hidden,
         intermediate_size=s.mlp,
         num_hidden_layers=s.layers,
         num_attention_heads=s.heads,
-        num_key_value_heads=min(s.heads, 2),
+        num_key_value_heads=2,
         tie_word_embeddings=True,
     )
-    torch.manual_seed(0)
-    Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
 
 
 def main() -> None:
@@ -333,7 +323,7 @@ def main() -> None:
     name = "A dry run, whose speeds mean nothing" if options.dry else torch.cuda.get_device_name()
     print(f"{name}; torch {torch.__version__}; {sizes}\n")
     with tempfile.TemporaryDirectory() as folder:
-        random_model(sizes, folder)
+        cards.write_model(small(sizes), Path(folder))
         for part in heads, steps, configs:
             try:
                 part(bench, folder)

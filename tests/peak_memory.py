@@ -1,6 +1,6 @@
 """Measures what real runs take: `python peak_memory.py CASES.json` prints one JSON list of bytes.
 
-With RANK PORT behind it every case is run by two such processes, as torchrun would start them.
+With one more file, what torchrun would say to this process for each case, it is one of several.
 
 Every case is a command line of `gift`, run in a process of its own that is forked when the first of
 them has imported and warmed what all need. What counts is anonymous memory: how many pages of the
@@ -46,20 +46,12 @@ def measured(words: list[str], group: dict[str, str]) -> int:
     return int(os.read(receiver, 64))
 
 
-def group(rank: str, port: int) -> dict[str, str]:
-    """The environment of one of two processes."""
-    ranks = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "RANK": rank}
-    ranks |= {"LOCAL_RANK": rank, "TORCHELASTIC_RUN_ID": "test"}
-    return {**ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-
-
 if __name__ == "__main__":
     ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 65536)
-    path, *rank = sys.argv[1:]
-    warm, *cases = json.loads(Path(path).read_text())
+    warm, *cases = json.loads(Path(sys.argv[1]).read_text())
+    groups = json.loads(Path(sys.argv[2]).read_text()) if sys.argv[2:] else [{}] * len(cases)
     out = os.dup(1)
     os.dup2(2, 1)  # the only thing on the standard output is the result
     main(warm)
-    groups = [group(rank[0], int(rank[1]) + i) if rank else {} for i in range(len(cases))]
     found = [measured(words, given) for words, given in zip(cases, groups, strict=True)]
     print(json.dumps(found), file=os.fdopen(out, "w"))

@@ -4,9 +4,9 @@ import importlib
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -14,9 +14,10 @@ import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import warm
 from gift_lightning.cli import main
 from gift_lightning.models import load_tokenizer
-from gift_lightning.plan import Plan, _Described
+from gift_lightning.plan import Plan, plan_of
 from gift_lightning.sizes import Sizes
 
 ROOT = Path(__file__).parents[1]
@@ -108,7 +109,7 @@ def written(folder: Path, name: str, config: dict) -> list[str]:
 
 
 def planned(words: list[str]):
-    return _Described(words).plan
+    return plan_of(words[1:])
 
 
 SPREAD = [("GIFT with FrozenCopy", "ddp"), ("GRPO", "fsdp2")]
@@ -121,13 +122,20 @@ def spread(folder: Path, name: str, strategy: str) -> list[str]:
     return [*words, "--trainer.strategy", strategy, "--trainer.devices", "2"]
 
 
-def peaks(folder: Path, commands: list[list[str]], *rank: str) -> "subprocess.Popen[str]":
-    """Bytes at the peak of a real run of each command, as JSON."""
-    name = "".join(["warm", *rank[:1]])
-    warm = written(folder, name, CASES["GIFT with AdapterOff"](folder))
-    (folder / f"{name}.json").write_text(json.dumps([warm, *commands]))
+def peaks(
+    folder: Path, commands: list[list[str]], groups: Sequence[dict[str, str]] = ()
+) -> "subprocess.Popen[str]":
+    """Bytes at the peak of a real run of each command, as JSON; `groups` says for each which of
+    several processes this is."""
+    name = f"warm{groups[0]['RANK'] if groups else ''}"
+    first = written(folder, name, CASES["GIFT with AdapterOff"](folder))
+    files = {f"{name}.json": [first, *commands]}
+    if groups:
+        files[f"{name}-groups.json"] = list(groups)
+    for file, content in files.items():
+        (folder / file).write_text(json.dumps(content))
     script = Path(__file__).with_name("peak_memory.py")
-    words = [sys.executable, str(script), str(folder / f"{name}.json"), *rank]
+    words = [sys.executable, str(script), *(str(folder / file) for file in files)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         words, stdout=subprocess.PIPE, env=environment, cwd=script.parent, text=True
@@ -144,11 +152,9 @@ def measured(folder: Path) -> dict[str, int]:
 @pytest.fixture(scope="module")
 def shared(folder: Path) -> dict[tuple[str, str], list[int]]:
     """The same of each of two processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     commands = [spread(folder, *case) for case in SPREAD]
-    processes = [peaks(folder, commands, str(rank), port) for rank in (0, 1)]
+    groups = zip(*(warm.group(2) for _ in SPREAD), strict=True)
+    processes = [peaks(folder, commands, own) for own in groups]
     both = [json.loads(process.communicate()[0]) for process in processes]
     return dict(zip(SPREAD, zip(*both, strict=True), strict=True))
 

@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -40,16 +39,9 @@ def jobs_of(cases: Iterable[str], kind: str, saved: Sequence[str] = RESUMED) -> 
 
 def start(folder: Path, strategy: str, ranks: int, jobs: list[str]) -> None:
     """Runs jobs in a group of processes, which torchrun would describe like this."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    group = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "GROUP_RANK": "0"}
-    group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
     processes: list[tuple[Any, Path]] = []
-    for rank in range(ranks):
-        own = dict(os.environ)
-        if strategy != "auto":
-            own |= {**group, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    for rank, group in enumerate(warm.group(ranks)):
+        own = {**os.environ, **(group if strategy != "auto" else {})}
         words = [str(SCRIPT), strategy, str(folder), *jobs]
         log = folder / f"{strategy}-{ranks}-{rank}.log"
         processes.append((warm.start(words, folder, own, log), Path(f"{log}.err")))

@@ -9,12 +9,10 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -80,23 +78,30 @@ def launch(name, folder, *args):
     return Launch(python, more, {"VLLM_CPU_KVCACHE_SPACE": "1"}, timeout=600)
 
 
-@pytest.fixture(scope="module", params=["stub", "vllm"])
-def server(request, tmp_path_factory):
-    """A server that somebody else has started, of the base of `policy`."""
-    folder = tmp_path_factory.mktemp(request.param)
-    how = launch(request.param, folder, "--logprobs-mode", "processed_logprobs")
+@contextmanager
+def serving(model, how, folder, *args):
+    """A server that somebody else has started, of a model."""
     handover = Handover(str(folder))
     handover.open()
-    handover.write_base(policy("full"), TOKENIZER)
-    args = ["--dtype", "float32", "--enable-lora", "--max-lora-rank", "8"]
-    running = VLLMServer(how, handover.base, [*args, "--max-model-len", "512"])
-    running.folder, running.base = folder, str(handover.base)
+    handover.write_base(model, TOKENIZER)
+    running = VLLMServer(how, handover.base, list(args))
+    running.base = str(handover.base)
     try:
         running.wait()
         yield running
     finally:
         running.close()
         handover.close()
+
+
+@pytest.fixture(scope="module", params=["stub", "vllm"])
+def server(request, tmp_path_factory):
+    """Of the base of `policy`."""
+    folder = tmp_path_factory.mktemp(request.param)
+    how = launch(request.param, folder, "--logprobs-mode", "processed_logprobs")
+    args = ["--dtype", "float32", "--enable-lora", "--max-lora-rank", "8"]
+    with serving(policy("full"), how, folder, *args, "--max-model-len", "512") as running:
+        yield running
 
 
 @pytest.fixture
@@ -265,22 +270,13 @@ def test_two_processes_sample_as_one_does(url):
 
 def test_two_processes_that_share_weights_sample_as_one_does(tmp_path, monkeypatch):
     """Under FSDP2: the policy is gathered, written once, and read by the server."""
-    how = launch("stub", tmp_path)
-    handover = Handover(str(tmp_path))
-    handover.open()
-    handover.write_base(two_ranks.policy(), TOKENIZER)
-    running = VLLMServer(how, handover.base, ["--max-model-len", "128"])
-    try:
-        running.wait()
+    found, how = [], launch("stub", tmp_path)
+    with serving(two_ranks.policy(), how, tmp_path, "--max-model-len", "128") as running:
         monkeypatch.setenv("SERVER", running.url)
-        found = []
         for strategy, ranks in (("auto", 1), ("fsdp2", 2)):
             (folder := tmp_path / strategy).mkdir()
             test_sharding.start(folder, strategy, ranks, ["grpo_server"])
             found.append(load_file(folder / "grpo_server.safetensors"))
-    finally:
-        running.close()
-        handover.close()
     start = two_ranks.policy().state_dict()
     for name, weight in found[0].items():
         torch.testing.assert_close(found[1][name], weight, rtol=0, atol=1e-5)
@@ -482,19 +478,11 @@ def test_a_server_of_others_that_dies_is_one_error(tmp_path):
     """In the third rollout, for two processes that wait for each other."""
     options = {"strategy": "ddp_fork", "devices": 2}
     how = launch("stub", tmp_path, "--enable-lora", "--die-after", "12")
-    handover = Handover(str(tmp_path))
-    handover.open()
-    handover.write_base(policy("full"), TOKENIZER)
-    running = VLLMServer(how, handover.base, ["--max-model-len", "512"])
-    try:
-        running.wait()
-        start = time.monotonic()
+    with serving(policy("full"), how, tmp_path, "--max-model-len", "512") as running:
+        engine, start = VLLMServerRollout(running.url, timeout=10, max_retries=1), time.monotonic()
         with pytest.raises(Exception, match=r"fails at .*see whether it runs"):
-            trained("lora", VLLMServerRollout(running.url, timeout=10, max_retries=1), 9, **options)
+            trained("lora", engine, 9, **options)
         assert time.monotonic() - start < 60
-    finally:
-        running.close()
-        handover.close()
 
 
 def test_a_server_that_does_not_start_is_one_error(here, capsys):
@@ -552,79 +540,3 @@ def is_alive(process):
     except OSError:
         return False
     return status.rpartition(")")[2].split()[0] != "Z"
-
-
-# --- a server that is slow, or broken ---------------------------------------------------------
-
-
-@contextmanager
-def answering(*script):
-    """A server that answers by the script: a status, "silence", or "cut" for a lost connection."""
-    calls, let_go = [], threading.Event()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            what = script[min(len(calls), len(script) - 1)]
-            calls.append(time.monotonic())
-            if what == "silence":
-                let_go.wait(60)
-            if isinstance(what, str):
-                self.close_connection = True
-                return
-            body = b'{"error": {"message": "no room\\nat all"}}'
-            self.send_response(what)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *args):
-            pass
-
-    made = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    made.daemon_threads = True
-    threading.Thread(target=made.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{made.server_address[1]}", calls
-    finally:
-        let_go.set()
-        made.shutdown()
-        made.server_close()
-
-
-def test_what_passes_is_tried_again():
-    with answering(500, "cut", "silence", 200) as (url, calls):
-        assert VLLMClient(url, 0.5, 3).get("/x") == {"error": {"message": "no room\nat all"}}
-    assert len(calls) == 4
-
-
-@pytest.mark.parametrize(
-    ("what", "why"), [(503, "status 503: no room"), ("silence", "timed out"), ("cut", "Remote")]
-)
-def test_what_does_not_pass_is_one_error_within_a_bound(what, why):
-    start = time.monotonic()
-    with (
-        answering(what) as (url, calls),
-        pytest.raises(RuntimeError, match=rf"fails at /x, asked 3 times .*{why}"),
-    ):
-        VLLMClient(url, 0.5, 2).get("/x")
-    assert len(calls) == 3 and time.monotonic() - start < 20
-
-
-def test_nobody_there_is_one_error():
-    with pytest.raises(RuntimeError, match=r"127\.0\.0\.1:9 fails at /health\b.*refused"):
-        VLLMClient("http://127.0.0.1:9", 5, 1).get("/health")
-
-
-def test_a_busy_server_is_asked_again():
-    with answering(429, 408, 200) as (url, calls):
-        VLLMClient(url, 5, 2).get("/x")
-    assert len(calls) == 3
-
-
-def test_a_wrong_request_is_not_repeated():
-    with (
-        answering(400) as (url, calls),
-        pytest.raises(RefusedError, match=r"refuses /x \(status 400: no room\): look at its log"),
-    ):
-        VLLMClient(url, 5, 3).get("/x")
-    assert len(calls) == 1

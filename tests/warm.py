@@ -4,6 +4,7 @@ forks. Importing takes longer than most of what tests start, and is the same eac
 import multiprocessing
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
@@ -12,6 +13,16 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 context = multiprocessing.get_context("forkserver")  # conftest.py says what it imports
+
+
+def group(ranks: int) -> list[dict[str, str]]:
+    """What torchrun would say to each process of a group."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "GROUP_RANK": "0"}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+    return [{**shared, "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(ranks)]
 
 
 def start(words: Sequence[str], folder: Path, env: dict[str, str], log: Path) -> BaseProcess:

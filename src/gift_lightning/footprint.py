@@ -109,7 +109,7 @@ class Footprint:
     def training(self) -> dict[str, int]:
         """Bytes by part at the peak of an optimizer step's last micro-batch, which finds optimizer
         states, and gradients of the micro-batch before."""
-        module, ledger = self.module, self.counter
+        module, counter = self.module, self.counter
         self._feed()
         trained = [p for p in module.parameters() if p.requires_grad]
         with self._inside():
@@ -117,22 +117,22 @@ class Footprint:
             for group in optimizer.param_groups:
                 if self.setting.accelerator and group.get("foreach", False) is None:
                     group["foreach"] = not group.get("fused")  # torch's own choice there
-            with ledger.counting("gradients"):
+            with counter.counting("gradients"):
                 for p in trained:
                     p.grad = torch.zeros_like(p)
             self._update(optimizer, trained)
             if self.setting.accumulate == 1:
                 optimizer.zero_grad()
-            ledger.restart()
+            counter.restart()
             for p in trained:
-                p.register_post_accumulate_grad_hook(lambda p: ledger.move(p.grad, "gradients"))
+                p.register_post_accumulate_grad_hook(lambda p: counter.move(p.grad, "gradients"))
             with self.trainer.precision_plugin.train_step_context():
                 loss: Any = module.training_step(self._batch, 0)
             loss.backward()
             clip_grad_norm_(trained, 1.0)
             self._update(optimizer, trained)
             optimizer.zero_grad()
-        return dict(ledger.peak)
+        return dict(counter.peak)
 
     def _update(self, optimizer: Any, trained: list[torch.nn.Parameter]) -> None:
         """A step of the optimizer; those of 8 bits have kernels that need data."""
@@ -170,10 +170,10 @@ class Footprint:
 
     def rollout(self) -> dict[str, int] | None:
         """Bytes by part at the peak of sampling with the policy itself, or None."""
-        sizes, ledger = self.sizes, self.counter
+        sizes, counter = self.sizes, self.counter
         if not sizes.decoded:
             return None
-        ledger.restart()
+        counter.restart()
         read, last = -(-sizes.decoded // sizes.group), sizes.prompt + sizes.completion - 2
         with self._inside():
             # All prompts are read, and the last token of all completions is drawn.
@@ -191,7 +191,7 @@ class Footprint:
                     seed=0,
                     batch_size=sizes.decoded,
                 )
-        return dict(ledger.peak)
+        return dict(counter.peak)
 
 
 class _Uncached(Reference):

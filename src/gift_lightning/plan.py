@@ -1,7 +1,9 @@
 """`gift plan`: how much memory a run takes on each device, before it takes any."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from gift_lightning.branches import blocks
 from gift_lightning.cli import GiftCLI
 from gift_lightning.footprint import Footprint
 from gift_lightning.models import base_model
+from gift_lightning.sharding import data_parallel_size
 from gift_lightning.sizes import Setting, Sizes
 
 CARDS = (8, 16, 24, 48, 80, 141)
@@ -76,18 +79,12 @@ class _Described(GiftCLI):
         said = self.config[self.subcommand].trainer
         devices = _devices(said.devices) * said.num_nodes
         options = getattr(said.strategy, "init_args", {})
-        tensor = int(options.get("tensor_parallel_size", 1))
-        if tensor < 1 or devices % tensor:
-            raise ValueError(
-                f"trainer.strategy.tensor_parallel_size={tensor} does not divide the {devices} "
-                "devices: change one of them."
-            )
         setting = Setting(
             said.accelerator != "cpu",
             said.precision or "32-true",
             said.accumulate_grad_batches,
             devices,
-            tensor,
+            data_parallel_size(devices, int(options.get("tensor_parallel_size", 1))),
         )
         footprint = Footprint(self._build, setting)
         strategy = self._get(self.config_init, "trainer").strategy
@@ -103,7 +100,12 @@ class _Described(GiftCLI):
 
 def main(words: Sequence[str]) -> None:
     """`gift plan`."""
-    show(_Described(["fit", *words]).plan)
+    show(plan_of(words))
+
+
+def plan_of(words: Sequence[str]) -> Plan:
+    """The plan of `gift fit WORDS`."""
+    return _Described(["fit", *words]).plan
 
 
 def planned(footprint: Footprint, strategy: str | Strategy = "auto") -> Plan:
@@ -119,8 +121,7 @@ def planned(footprint: Footprint, strategy: str | Strategy = "auto") -> Plan:
     Raises:
         ValueError: the strategy is another.
     """
-    setting = footprint.setting
-    devices, tensor = setting.devices, setting.tensor_parallel_size
+    devices, replicas = footprint.setting.devices, footprint.setting.replicas
     name = _strategy(strategy, devices)
     training, rollout = footprint.training(), footprint.rollout()
     model = footprint.module.model
@@ -134,11 +135,11 @@ def planned(footprint: Footprint, strategy: str | Strategy = "auto") -> Plan:
             whole = phase["parameters"]
             sizes = [sum(p.nbytes for p in x.parameters()) for x in blocks(base_model(model))]
             outside, largest = whole - sum(sizes), max(sizes, default=0)
-            share = (whole - outside) * setting.replicas + outside * devices
+            # What is inside of the blocks is divided by the devices, the rest by the replicas.
+            share = Fraction(whole - outside, devices) + Fraction(outside, replicas)
             for part in _SHARDED:
-                found = phase.get(part, 0) * share
-                phase[part] = -(-found // (whole * devices * setting.replicas))
-            unit = min(outside + 3 * largest // tensor, whole)
+                phase[part] = math.ceil(phase.get(part, 0) * share / whole)
+            unit = min(outside + 3 * largest * replicas // devices, whole)
             phase["gathered"] = unit if phase is training else whole - phase["parameters"]
     about = footprint.module.about
     return Plan(about, training, rollout, footprint.sizes, name, devices)

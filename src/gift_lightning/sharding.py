@@ -64,13 +64,8 @@ class FSDP2(ModelParallelStrategy):
         self.tensor_parallel_size = tensor_parallel_size
 
     def setup_environment(self) -> None:
-        world, size = self.num_nodes * self.num_processes, self.tensor_parallel_size
-        if size < 1 or world % size:
-            raise ValueError(
-                f"trainer.strategy.tensor_parallel_size={size} does not divide the {world} devices:"
-                " change one of them."
-            )
-        self._data_parallel_size = world // size
+        world = self.num_nodes * self.num_processes
+        self._data_parallel_size = data_parallel_size(world, self.tensor_parallel_size)
         precision = self.precision_plugin.precision
         if precision not in _PRECISIONS:
             raise ValueError(
@@ -172,6 +167,20 @@ class FSDP2(ModelParallelStrategy):
 
 
 StrategyRegistry.register("fsdp2", FSDP2, "FSDP2 over all devices")
+
+
+def data_parallel_size(devices: int, tensor_parallel_size: int) -> int:
+    """How many see samples of their own.
+
+    Raises:
+        ValueError: the devices cannot be grouped so.
+    """
+    if tensor_parallel_size < 1 or devices % tensor_parallel_size:
+        raise ValueError(
+            f"trainer.strategy.tensor_parallel_size={tensor_parallel_size} does not divide the "
+            f"{devices} devices: change one of them."
+        )
+    return devices // tensor_parallel_size
 
 
 _STYLES = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel}

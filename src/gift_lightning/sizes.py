@@ -32,19 +32,14 @@ class Setting:
         precision: as the trainer's.
         accumulate: micro-batches of an optimizer step.
         devices: of the whole run.
-        tensor_parallel_size: how many of them share each sample.
+        replicas: how many see samples of their own; fewer than devices under tensor parallelism.
     """
 
     accelerator: bool = True
     precision: Any = "32-true"
     accumulate: int = 1
     devices: int = 1
-    tensor_parallel_size: int = 1
-
-    @property
-    def replicas(self) -> int:
-        """How many see samples of their own."""
-        return self.devices // self.tensor_parallel_size
+    replicas: int = 1
 
 
 @dataclass(frozen=True)
