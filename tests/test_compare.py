@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import importlib
 import json
 import math
 import sys
@@ -11,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from rich.console import Console
 
 from gift_lightning.comparison import compare
 from gift_lightning.intervals import difference, holm, mean, quantile, tail
 from gift_lightning.plots import _bands, _curve, _solved, pictures
 from gift_lightning.results import Results, read_results
-from gift_lightning.tables import plus_minus
+from gift_lightning.tables import Table, plus_minus
 
 # Statistics.
 
@@ -99,6 +101,22 @@ def test_numbers_are_readable():
     assert plus_minus(-1e-9, 0.01, sign=True) == "+0.000 ± 0.010"
     assert plus_minus(1.234e-5, 2e-6) == "1.2e−05 ± 2.0e−06"
     assert plus_minus(0.5) == "0.500" and plus_minus(0.0, 0.0) == "0.000 ± 0.000"
+    assert plus_minus(-469523.4, 156.8, sign=True) == "−469,523 ± 157"
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_no_number_is_cut_to_fit_the_terminal(width, capsys):
+    table = Table("rl", ["arm", "seeds", *(f"pass@{k}" for k in range(8))])
+    table.add("gac_shuffled", "5", *(f"0.{k}11 ± 0.012, p = 0.{k}99" for k in range(8)))
+    table.show(Console(width=width))
+    lines = capsys.readouterr().out.splitlines()
+    said = " ".join(lines).split()
+    assert all(len(line) <= width for line in lines) and "…" not in " ".join(said)
+    for k in range(8):
+        assert all(said.count(x) == 1 for x in (f"pass@{k}", f"0.{k}11", f"0.{k}99"))
+    assert (
+        said.count("gac_shuffled") == said.count("arm") == (1 if width == 200 else said.count("rl"))
+    )
 
 
 # Runs.
@@ -394,6 +412,7 @@ def test_the_page_needs_nothing_but_itself(tmp_path, monkeypatch, capsys):
 
 
 def test_without_matplotlib_there_are_tables_and_a_word_about_it(tmp_path, monkeypatch, capsys):
+    importlib.import_module("torchmetrics")  # it would stop at half a matplotlib
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     gift(str(lab(tmp_path / "lab")), "--output", str(tmp_path / "out"))
     assert "pip install 'gift-lightning[plots]'" in capsys.readouterr().err

@@ -41,7 +41,7 @@ def main(words: Sequence[str]) -> None:
     comparison = compare(results, given.against, given.metric)
     console = Console()
     for table in (x for tables in comparison.tables.values() for x in tables):
-        console.print(table.rich())
+        table.show(console)
     console.print(LEGEND.replace("**", ""), highlight=False)
     folder = Path(given.output or Path(given.runs[0].rpartition("=")[2]) / "compare")
     try:

@@ -77,7 +77,7 @@ def _show(report: Mapping[str, Any]) -> None:
     for row in report["results"]:
         cells = (plus_minus(x) if is_number(x) else x for x in (row["value"], row["stderr"]))
         table.add(row["task"], row["metric"], row["filter"], *cells)
-    Console().print(table.rich())
+    table.show(Console())
     print(f"Model {report['model']}")
     for name, task in tasks.items():
         shots, asked = task["num_fewshot"], settings["num_fewshot"]
