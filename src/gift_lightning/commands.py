@@ -10,7 +10,7 @@ from gift_lightning import __version__
 STAGES = {
     "fit": "train by a config or by flags",
     "validate": "measure a model on the validation data",
-    "test": "measure a model on the test data",
+    "test": "measure a model on the test data: by default those of validation",
     "cache-reference": "write a reference's most likely tokens, so that training runs without it",
 }
 """What LightningCLI runs, each with its one line of help."""

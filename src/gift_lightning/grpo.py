@@ -36,8 +36,8 @@ class GRPO(OnPolicy):
 
     Needs `PromptData`. A rollout is scored, its advantages are taken within each prompt's group,
     and its completions are trained in optimizer steps whose gradient does not depend on the split
-    into micro-batches and devices. Names and defaults are TRL's where it has the option;
-    docs/grpo.md lists the differences. Dropout is off: a policy that is scored otherwise than it
+    into micro-batches and devices. Defaults are TRL's where it has the option; docs/grpo.md has its
+    names and lists the differences. Dropout is off: a policy that is scored otherwise than it
     sampled has no importance ratio.
 
     Args:
@@ -66,7 +66,7 @@ class GRPO(OnPolicy):
             not the policy itself.
         correction_cap: the largest such ratio.
         reward_timeout: seconds that one reward may take for one completion.
-        reward_workers: processes that score; by default one for each core.
+        reward_workers: processes that score; by default one for each core, at most 8.
         optimizer: over the trainable parameters.
         schedule: of the learning rate.
         tokenizer: folder or hub id, if it is not the model's own.
