@@ -7,7 +7,10 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch.optim import SGD
+from transformers import PreTrainedTokenizerFast
 
 from gift_lightning.collector import Collector
 from gift_lightning.experience import Experience
@@ -279,6 +282,30 @@ def test_dynamic_sampling_never_repeats_a_prompt(rounds, drawn):
 
 
 # --- prompts ----------------------------------------------------------------------------------
+
+
+def test_prompts_are_tokenised_again_for_another_tokenizer():
+    made = data(Texts(3, 3, 3, 3), num_generations=2, batch_size=8)
+    before = made.prompt_ids
+    made.setup("fit")
+    assert made.prompt_ids is before
+    words = Tokenizer(WordLevel({3 * str(i): 1000 + i for i in range(4)}))
+    other = PreTrainedTokenizerFast(tokenizer_object=words)
+    made.trainer.lightning_module.tokenizer = other
+    made.setup("fit")
+    assert made.prompt_ids == [[1000], [1001], [1002], [1003]]
+    assert len(made.problems) == 4 and made.ledger["train"].used == 4
+
+
+def test_an_order_of_the_trainers_is_refused():
+    made = data(Texts(3, 3, 3, 3), num_generations=2, batch_size=4)
+    made.trainer.world_size = 2
+    made.trainer._accelerator_connector = SimpleNamespace(use_distributed_sampler=True)
+    with pytest.raises(ValueError, match=r"set trainer\.use_distributed_sampler to false"):
+        made.setup("fit")
+    made.trainer.overfit_batches = 1
+    with pytest.raises(ValueError, match=r"trainer\.overfit_batches replaces the order"):
+        made.setup("fit")
 
 
 def test_chat_prompts_go_through_the_template():

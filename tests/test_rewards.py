@@ -299,6 +299,13 @@ def test_length_penalty_by_hand():
         assert reward.score("", completion_ids=[0] * length) == expected
 
 
+def test_a_cache_longer_than_the_runs_completions_is_refused():
+    for reward, limit in ((LengthPenalty(24), 24), (LengthPenalty(64, 128), 24)):
+        reward.check(limit)
+    with pytest.raises(ValueError, match="cache must lie between 1 and 24, got 64: change it"):
+        LengthPenalty(64).check(24)
+
+
 def test_length_penalty_hacks():
     """What is too long is too long, whatever it looks like: tokens count, not characters."""
     rng = random.Random(0)

@@ -244,6 +244,7 @@ FILE = ["--data.train", "JSONLProblems", "--data.train.path"]
         ),
         # a misspelt argument, or an impossible one
         (penalty(cach=4), ["rewards[0] (LengthPenalty).init_args", "'cach' is not accepted"]),
+        (penalty(cache=500), ["cache must lie between 1 and", "got 500"]),
         (penalty(cache="four"), ["cache must be int, not 'four'"]),
         (rewards({"class_path": "Countdown", "wheight": 2}), ["'wheight' is no key of a reward"]),
         (["--model.rewards", "Countdown"], ["model.rewards", "expected list"]),

@@ -112,7 +112,7 @@ _NUMBER = re.compile(
     r")\s*(?P<percent>\\?%)?(?:"
     rf"\s*{_TEXT}\{{(?P<text>[^{{}}\d]*)\}}"
     r"|\s+(?P<words>[A-Za-z]{3,}(?:[ /][A-Za-z]+){0,3})"
-    r"|\s*(?P<short>[cmk]m|k?g|mg|lbs?|oz|ft|in|hrs?|min|mph|kph|ml|mL|cents?|dollars?|\^\\circ)"
+    r"|\s*(?P<short>[cmk]m|k?g|mg|lbs?|oz|ft|in|hrs?|min|mph|kph|ml|mL|cents?|dollars?|\^\\circ(?:\s*[CF])?)"
     r")?(?:(?<=[A-Za-z}])\s*(?P<power>\^\s*\{?[23]\}?))?",
     re.ASCII,
 )
@@ -125,6 +125,36 @@ _NO_UNIT = re.compile(
     r"(?-i:[^ACFJKLNVWghlms])",  # a lone letter is a variable
     re.IGNORECASE,
 )
+
+
+_UNITS = {
+    written: unit
+    for unit, others in {
+        "second": "s sec",
+        "minute": "min",
+        "hour": "h hr",
+        "inch": "in",
+        "foot": "ft feet",
+        "yard": "yd",
+        "mile": "mi",
+        "mile per hour": "mph",
+        "millimeter": "mm millimetre",
+        "centimeter": "cm centimetre",
+        "meter": "m metre",
+        "kilometer": "km kilometre",
+        "gram": "g",
+        "kilogram": "kg kilo",
+        "milligram": "mg",
+        "pound": "lb",
+        "ounce": "oz",
+        "liter": "l litre",
+        "milliliter": "ml millilitre",
+        "degree": "circ deg",
+        "c": "celsius",
+        "f": "fahrenheit",
+    }.items()
+    for written in others.split()
+}
 
 
 def read(text: str) -> Answer:
@@ -177,11 +207,19 @@ def _number(text: str) -> Number | None:
     if "-" in (match["sign"], match["inner"]):
         value = -value
     percent = bool(match["percent"]) or words[:1] in (["percent"], ["pct"])
-    unit = "" if percent else " ".join(w.lower().removesuffix("s") for w in words)
-    unit += (match["power"] or "").strip("^{} ") + ("degree" if "circ" in unit else "")
+    unit = "" if percent else " ".join(map(_unit, words))
+    unit += (match["power"] or "").strip("^{} ")
     if match["currency"]:
         unit = unit or {"€": "euro", "£": "pound", "¥": "yen"}.get(match["currency"], "dollar")
     return Number(value, "." in (match["decimal"] or ""), percent, unit)
+
+
+def _unit(word: str) -> str:
+    """One word for the short and the long form, for one and for many."""
+    word = word.lower()
+    if word not in _UNITS and not word.endswith("ss"):
+        word = re.sub(r"(?<=x|h)e$|(?<=ss)e$", "", word.removesuffix("s"))
+    return _UNITS.get(word, word)
 
 
 def _fraction(digits: str) -> Fraction:

@@ -145,16 +145,7 @@ class SFTData(PositionedData):
         assert trainer is not None
         replicas = Replicas.of(trainer)
         world, rank = replicas.number, replicas.index
-        if getattr(trainer, "overfit_batches", 0):
-            raise ValueError(
-                "trainer.overfit_batches replaces the order of the data, which is this data "
-                "module's: take fewer records by the source's `limit` instead."
-            )
-        if world > 1 and trainer._accelerator_connector.use_distributed_sampler:
-            raise ValueError(
-                "This data deals samples to devices itself; set trainer.use_distributed_sampler "
-                "to false."
-            )
+        self.check_order()
         accumulate = trainer.accumulate_grad_batches
         module: Any = trainer.lightning_module
         if self._prepared_for != (module.tokenizer, module.vocab_size):

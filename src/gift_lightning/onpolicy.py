@@ -99,6 +99,7 @@ class OnPolicy(PolicyModule):
         super().setup(stage)
         data, limit = self.data, self.sampling.max_completion_length
         for reward in self.rewards:
+            reward.reward.check(limit)
             check_columns(reward.name, data.problems, needs(reward.reward))
         check_positions(base_model(self.model), data.problems, data.prompt_ids, limit)
         if stage == "fit":

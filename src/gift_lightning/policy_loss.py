@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Real
 from torch import Tensor
 
 Loss = Literal["grpo", "dr_grpo", "bnpo", "dapo", "gspo", "cispo", "sapo"]
@@ -61,6 +61,10 @@ class PolicyObjective:
             raise ValueError(
                 f"delta={self.delta} is not above 1 + clip_high = {1 + self.high}: it would cut "
                 "into the trust region."
+            )
+        if self.delta is not None and self.loss in ("cispo", "sapo"):
+            raise ValueError(
+                f"delta has no place in {self.loss}, which does not clip: leave it out."
             )
 
     @property
@@ -250,9 +254,10 @@ def policy_loss(
 
 
 def group_advantages(
-    rewards: Float[Tensor, "prompts group"], *, scale: Scale = "group", eps: float = 1e-4
+    rewards: Real[Tensor, "prompts group"], *, scale: Scale = "group", eps: float = 1e-4
 ) -> Float[Tensor, "prompts group"]:
-    """Rewards relative to their group: (R - mean)/(std + eps), with the sample's std.
+    """Rewards relative to their group: (R - mean)/(std + eps), with the sample's std, in the
+    rewards' dtype, or for whole numbers in the default one.
 
     As in TRL 1.16, except that equal rewards give exactly 0: there, rounding of the mean leaves up
     to 6e-4 in float32. NaN marks what is not scorable: it is left out of mean and std, and its
@@ -274,11 +279,16 @@ def group_advantages(
         centred = centred / (std + eps)
     elif scale == "batch" and int(scored.sum()) > 1:
         centred = centred / (r[scored].std() + eps)
-    return torch.where(has_signal(rewards)[:, None], centred, 0.0).to(rewards.dtype)
+    dtype = rewards.dtype if rewards.is_floating_point() else torch.get_default_dtype()
+    return torch.where(has_signal(rewards)[:, None], centred, 0.0).to(dtype)
 
 
-def has_signal(rewards: Float[Tensor, "prompts group"]) -> Bool[Tensor, " prompts"]:
-    """Whether a group's scored rewards differ at all; only then is there anything to learn."""
-    low = rewards.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf).amin(1)
-    high = rewards.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf).amax(1)
-    return high > low
+def has_signal(rewards: Real[Tensor, "prompts group"]) -> Bool[Tensor, " prompts"]:
+    """Whether a group's scored rewards differ; only then is there anything to learn.
+
+    By more than the rounding of a sum: 0.3 and 0.1 + 0.2 do not.
+    """
+    r = rewards.double()
+    low = r.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf).amin(1)
+    high = r.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf).amax(1)
+    return high - low > 1e-14 * torch.maximum(low.abs(), high.abs())

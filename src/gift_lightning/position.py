@@ -6,6 +6,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from gift_lightning.order import Resumable
+from gift_lightning.replicas import Replicas
 
 
 class PositionedData(pl.LightningDataModule):
@@ -20,6 +21,24 @@ class PositionedData(pl.LightningDataModule):
     @abstractmethod
     def identity(self) -> dict[str, str | int]:
         """What the order of the data depends on, by the name that a user knows it by."""
+
+    def check_order(self) -> None:
+        """
+        Raises:
+            ValueError: the trainer would put an order of its own in the place of this one.
+        """
+        trainer: Any = self.trainer
+        if getattr(trainer, "overfit_batches", 0):
+            raise ValueError(
+                "trainer.overfit_batches replaces the order of the data, which is this data "
+                "module's: take fewer records by the source's `limit` instead."
+            )
+        connector = getattr(trainer, "_accelerator_connector", None)
+        if Replicas.of(trainer).number > 1 and getattr(connector, "use_distributed_sampler", False):
+            raise ValueError(
+                "This data deals samples to devices itself; set trainer.use_distributed_sampler "
+                "to false."
+            )
 
     def test_dataloader(self) -> Any:
         """What `gift test` measures: by default the validation sets."""

@@ -142,6 +142,7 @@ class PromptData(PositionedData):
         self.ledger: dict[str, Ledger] = {}
         self.problems: list[Problem] = []
         self.prompt_ids: list[list[int]] = []
+        self._prepared_for: PreTrainedTokenizerBase | None = None
 
     def setup(self, stage: str) -> None:
         """Loads and tokenises the problems for the trainer's module.
@@ -151,9 +152,11 @@ class PromptData(PositionedData):
         """
         trainer = self.trainer
         assert trainer is not None
-        if not self.problems:
-            module: Any = trainer.lightning_module
+        self.check_order()
+        module: Any = trainer.lightning_module
+        if self._prepared_for is not module.tokenizer:
             self._tokenise(module.tokenizer)
+            self._prepared_for = module.tokenizer
             if trainer.is_global_zero:
                 self.report()
         completions = self.prompts_per_rollout * self.num_generations
@@ -184,6 +187,7 @@ class PromptData(PositionedData):
 
     def _tokenise(self, tokenizer: PreTrainedTokenizerBase) -> None:
         ledger = self.ledger["train"] = Ledger("train")
+        self.problems, self.prompt_ids = [], []
         for problem in self.train_problems.load():
             ids = prompt_tokens(tokenizer, problem, self.chat)
             if self.max_prompt_length is not None and len(ids) > self.max_prompt_length:

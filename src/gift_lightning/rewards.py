@@ -39,6 +39,13 @@ class Reward(ABC):
             ValueError or ImportError: the reward cannot run here.
         """
 
+    def check(self, max_completion_length: int) -> None:  # noqa: B027
+        """Whether it can score completions of up to so many tokens; called before training.
+
+        Raises:
+            ValueError: it cannot.
+        """
+
     @abstractmethod
     def score(self, completion: str, **columns: Any) -> float | None:
         """The score, or None if the *problem* cannot be scored, such as by an unusable reference.
@@ -111,14 +118,20 @@ class LengthPenalty(Reward):
             max_length: tokens; None is the run's max_completion_length.
 
         Raises:
-            ValueError: cache is not between 1 and max_length.
+            ValueError: cache is not between 1 and max_length, here or in `check`.
         """
-        if cache < 1 or (max_length is not None and cache > max_length):
-            most = "max_length" if max_length is None else max_length
-            raise ValueError(
-                f"LengthPenalty.cache must lie between 1 and {most}, got {cache}: change it."
-            )
         self.cache, self.max_length = cache, max_length
+        self._check("max_length" if max_length is None else max_length)
+
+    def check(self, max_completion_length: int) -> None:
+        if self.max_length is None:
+            self._check(max_completion_length)
+
+    def _check(self, most: int | str) -> None:
+        if self.cache < 1 or (isinstance(most, int) and self.cache > most):
+            raise ValueError(
+                f"LengthPenalty.cache must lie between 1 and {most}, got {self.cache}: change it."
+            )
 
     def score(self, completion: str, **columns: Any) -> float | None:
         limit = self.max_length

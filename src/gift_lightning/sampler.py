@@ -75,6 +75,8 @@ class Sampler:
         self.rewards = build_rewards(rewards)
         offered = (getattr(weighted.reward, "answer", None) for weighted in self.rewards)
         self.answer: Any = next(filter(callable, offered), None)
+        for weighted in self.rewards:
+            weighted.reward.check(settings.max_new_tokens)
         self._prompts: dict[str, list[list[int]]] = {}
         for name, problems in sets.items():
             for weighted in self.rewards:
