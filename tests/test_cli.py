@@ -9,10 +9,12 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gift_lightning.cli import _ProgressBar, main
-from gift_lightning.run import fresh_folder
+from gift_lightning.run import own_folder
 from warm import gift
 
 ROOT = Path(__file__).parents[1]
@@ -140,12 +142,57 @@ def test_a_resumed_run_with_nothing_to_do_is_no_success(here, capsys):
 
 
 def test_a_new_folder_for_every_run(tmp_path):
-    assert fresh_folder(tmp_path / "run").name == "run"
-    for _ in range(2):
-        made = fresh_folder(tmp_path / "run")
-        made.mkdir()
-        (made / "file").touch()
-    assert fresh_folder(tmp_path / "run").name == "run-2"
+    for name in ("run", "run-1"):
+        with own_folder(tmp_path / "run") as made:
+            assert made.name == name
+            (made / "file").touch()
+    with own_folder(tmp_path / "run") as made:
+        assert made.name == "run-2" and made.is_dir()
+    assert not made.exists()  # nothing was written
+    (tmp_path / "mine").mkdir()
+    with own_folder(tmp_path / "mine") as made:
+        pass
+    assert made == tmp_path / "mine" and made.is_dir()
+
+
+def test_runs_that_start_together_have_a_folder_each(tmp_path, monkeypatch):
+    with own_folder(tmp_path / "run") as one, own_folder(tmp_path / "run") as two:
+        assert (one.name, two.name) == ("run", "run-1")
+    with own_folder(tmp_path / "run") as one:
+        monkeypatch.setattr(rank_zero_only, "rank", 1)
+        (one / "file").touch()
+        with own_folder(tmp_path / "run") as other:  # of a process that the first one started
+            assert other == one
+
+
+class AnyLogger(Logger):
+    """A logger that names no folder of its own, as WandbLogger by default."""
+
+    save_dir, name, version = ".", "any", "0"
+
+    def log_metrics(self, metrics, step=None):
+        pass
+
+    def log_hyperparams(self, params, *args, **kwargs):
+        pass
+
+
+def test_the_config_is_in_the_runs_folder_whatever_logs(here):
+    for folder in ("runs/tiny", "runs/tiny-1"):
+        fit("--trainer.logger", "test_cli.AnyLogger")
+        assert Path(folder, "config.yaml").is_file() and Path(folder, "hf").is_dir()
+    assert not Path("config.yaml").exists()
+
+
+def test_time_alone_can_end_a_run(here, capsys):
+    timed = ("--trainer.max_steps", "-1", "--trainer.max_time", "00:00:00:02")
+    fit(*timed)
+    assert "as many steps as the time allows" in capsys.readouterr().out
+    assert Path("runs/tiny/hf").is_dir()
+    for flag, value in (("name", "cosine"), ("warmup", "0.1")):
+        with pytest.raises(SystemExit):
+            fit(*timed, f"--model.schedule.{flag}", value)
+        assert "set trainer.max_steps, or name: constant" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import csv
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -10,6 +11,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from gift_lightning.cli import main
 from gift_lightning.targets import OneHot
+from test_render import GEMMA, byte_tokenizer
 from test_sft import UnevenData, _fit, _module
 
 
@@ -201,3 +203,16 @@ def test_no_gradient_waits_for_the_next_forward_pass(tmp_path: Path) -> None:
     seen: list[bool] = []
     _fit(module, UnevenData(batch_size=3), tmp_path, max_steps=3, limit_val_batches=0)
     assert len(seen) == 3 and not any(seen)
+
+
+def test_the_end_of_a_turn_ends_a_completion():
+    """Also where it is special only as an added token; a letter that ends every sample is not."""
+    tokenizer = byte_tokenizer(GEMMA)
+    module = _module(OneHot())
+    module.tokenizer = tokenizer
+    turn, letter = tokenizer.convert_tokens_to_ids("<end_of_turn>"), tokenizer("a")["input_ids"][-1]
+    assert turn not in tokenizer.all_special_ids
+    examples = SimpleNamespace(last_learned=lambda: [turn, letter])
+    module._trainer = SimpleNamespace(datamodule=SimpleNamespace(train_examples=examples))
+    assert turn in module.end_ids and tokenizer.eos_token_id in module.end_ids
+    assert letter not in module.end_ids

@@ -5,7 +5,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
@@ -43,7 +43,7 @@ from gift_lightning import (
 from gift_lightning.commands import APART
 from gift_lightning.errors import one_sentence, own_error, refuse_repeated_keys
 from gift_lightning.module import PolicyModule
-from gift_lightning.run import ExportHF, Report, SaveConfig, fresh_folder
+from gift_lightning.run import ExportHF, Report, SaveConfig, own_folder
 from gift_lightning.sharding import is_folder_of_shards
 
 # What a config may name without its module: every class in these is imported here.
@@ -145,21 +145,22 @@ class GiftCLI(LightningCLI):
     """LightningCLI whose flags mean what they say, also when a checkpoint is resumed."""
 
     def __init__(self, args: Sequence[str] | None = None, run: bool = True) -> None:
-        super().__init__(
-            PolicyModule,
-            pl.LightningDataModule,
-            trainer_class=GiftTrainer,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            save_config_callback=SaveConfig,
-            seed_everything_default=0,
-            trainer_defaults=_DEFAULTS,
-            parser_class=_Parser,
-            parser_kwargs={"prog": "gift", "epilog": "`gift --help` lists all commands."},
-            args=list(args) if args is not None else None,
-            run=run,
-        )
+        with ExitStack() as self._holds:  # the run's folder, until it ends or is refused
+            super().__init__(
+                PolicyModule,
+                pl.LightningDataModule,
+                trainer_class=GiftTrainer,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                auto_configure_optimizers=False,
+                save_config_callback=SaveConfig,
+                seed_everything_default=0,
+                trainer_defaults=_DEFAULTS,
+                parser_class=_Parser,
+                parser_kwargs={"prog": "gift", "epilog": "`gift --help` lists all commands."},
+                args=list(args) if args is not None else None,
+                run=run,
+            )
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -192,19 +193,11 @@ class GiftCLI(LightningCLI):
             )
         if self.subcommand == "fit":
             trainer = self.config[self.subcommand].trainer
-            trainer.default_root_dir = str(fresh_folder(trainer.default_root_dir))
+            folder = self._holds.enter_context(own_folder(trainer.default_root_dir))
+            trainer.default_root_dir = str(folder)
             if trainer.max_epochs is None:  # Lightning would take 1000
                 bounded = trainer.max_steps != -1 or trainer.max_time is not None
                 trainer.max_epochs = -1 if bounded else 1
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        try:
-            super()._run_subcommand(subcommand)
-        except BaseException:
-            if subcommand == "fit":
-                with suppress(OSError):  # not empty: something was written, and stays
-                    Path(self.trainer.default_root_dir).rmdir()
-            raise
 
     def after_fit(self) -> None:
         """Refuses to call it a success when a resumed checkpoint left nothing to do."""

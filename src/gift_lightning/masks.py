@@ -34,6 +34,12 @@ class Draft:
         return sorted({cut for span in self.spans for cut in span} - {0, len(self.text)})
 
 
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """All special tokens; some tokenizers list the end of a turn only among those added."""
+    added = tokenizer.added_tokens_decoder.items()
+    return set(tokenizer.all_special_ids) | {i for i, token in added if token.special}
+
+
 class Chats:
     """Finds the assistant turns in what a tokenizer's chat template renders.
 
@@ -44,8 +50,7 @@ class Chats:
         self, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn, check: Callable[[str], None]
     ) -> None:
         self.tokenizer, self.loss_on, self.check = tokenizer, loss_on, check
-        added = tokenizer.added_tokens_decoder.items()
-        self.special = set(tokenizer.all_special_ids) | {i for i, t in added if t.special}
+        self.special = special_ids(tokenizer)
 
     def draft(self, record: Record, context: Messages, completion: Messages) -> Draft:
         """The rendered chat, of which turns of `completion` are learned."""

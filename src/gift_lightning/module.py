@@ -21,6 +21,7 @@ from gift_lightning.diagnostics import peak_memory_gib
 from gift_lightning.fsdp1 import FSDP1
 from gift_lightning.functional import IGNORED
 from gift_lightning.guard import StepGuard, clip_gradients, gradient_norm
+from gift_lightning.masks import special_ids
 from gift_lightning.models import base_model, for_export, load_tokenizer
 from gift_lightning.modes import has_adapters
 from gift_lightning.policy import Policy
@@ -142,7 +143,7 @@ class PolicyModule(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
         self.trainer.fit_loop.setup_data()  # the number of batches, which the steps derive from
-        scheduler = self.schedule.build(optimizer, int(self.trainer.estimated_stepping_batches))
+        scheduler = self.schedule.build(optimizer, self.trainer.estimated_stepping_batches)
         used, accumulate = self.trainer.num_training_batches, self.trainer.accumulate_grad_batches
         loaders: Any = self.trainer.train_dataloader
         streams = loaders.values() if isinstance(loaders, dict) else [loaders]
@@ -412,7 +413,7 @@ class PolicyModule(pl.LightningModule):
         ends.append(self.tokenizer.eos_token_id)
         data = getattr(self._trainer, "datamodule", None)
         if data is not None and hasattr(data, "train_examples"):
-            special = set(self.tokenizer.all_special_ids)
+            special = special_ids(self.tokenizer)
             ends += [i for i in data.train_examples.last_learned() if i in special]
         return list(dict.fromkeys(i for i in ends if i is not None))
 

@@ -1,7 +1,13 @@
 """One run, one folder: where it writes, what it leaves behind, what it says at the end."""
 
 import csv
+import fcntl
+import math
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +16,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_only
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
@@ -19,28 +26,75 @@ from gift_lightning.evaluation import GenerationEval
 from gift_lightning.models import base_model, for_export
 from gift_lightning.module import PolicyModule
 
+_OWN = "GIFT_RUN_FOLDER"
+"""Tells the processes that a run's first one starts where that one writes."""
 
-def fresh_folder(folder: str | Path) -> Path:
+
+@contextmanager
+def own_folder(wanted: str | Path) -> Iterator[Path]:
     """The folder itself if it is new or empty, else the first free of folder-1, folder-2, ...
 
-    No run ever writes into the folder of another.
+    No run ever writes into the folder of another, also if both start at once: the folder is made
+    and locked here, long before anything is written. One that was made here and stayed
+    empty is removed at the end.
     """
-    folder = Path(folder)
-    candidate, number = folder, 0
-    while candidate.exists() and (not candidate.is_dir() or any(candidate.iterdir())):
-        number += 1
-        candidate = folder.with_name(f"{folder.name}-{number}")
-    return candidate
+    if rank_zero_only.rank:  # type: ignore[attr-defined]
+        told = os.environ.get(_OWN)
+        yield Path(told) if told else next(filter(_is_free, _candidates(Path(wanted))))
+        return
+    for folder in filter(_is_free, _candidates(Path(wanted))):
+        is_new = not folder.exists()
+        if (lock := _locked(folder)) is not None:
+            break
+    assert lock is not None  # there is always another name
+    os.environ[_OWN] = str(folder)
+    try:
+        yield folder
+    finally:
+        os.environ.pop(_OWN, None)
+        os.close(lock)
+        if is_new:
+            with suppress(OSError):  # not empty: something was written, and stays
+                folder.rmdir()
+
+
+def _candidates(folder: Path) -> Iterator[Path]:
+    yield folder
+    yield from (folder.with_name(f"{folder.name}-{i}") for i in count(1))
+
+
+def _is_free(folder: Path) -> bool:
+    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+
+
+def _locked(folder: Path) -> int | None:
+    """An open folder that is this run's until it is closed; None if it is another's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        taken = not _is_free(folder)
+    except BlockingIOError:
+        taken = True
+    except OSError:  # a file system without locks
+        taken = False
+    if taken:
+        os.close(lock)
+    return None if taken else lock
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes `config.yaml` when training starts: a run that is refused leaves nothing behind."""
+    """Writes `config.yaml` into the run's folder, wherever its logs go, and when training starts: a
+    run that is refused leaves nothing behind."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         pass
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super().setup(trainer, pl_module, "fit")
+        if trainer.is_global_zero:
+            folder = Path(trainer.default_root_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            self.parser.save(self.config, folder / "config.yaml", skip_unset=False)
 
 
 class ExportHF(Callback):
@@ -83,10 +137,11 @@ class Report(Callback):
             model: Any = pl_module.model
             trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
             total = base_model(model).num_parameters()  # of 4 bits too
+            steps = trainer.estimated_stepping_batches
+            last = f"{steps} steps" if math.isfinite(steps) else "as many steps as the time allows"
             Console().print(
                 f"{getattr(pl_module, 'about', type(pl_module).__name__)}: "
-                f"{trained:,} of {total:,} parameters, "
-                f"{int(trainer.estimated_stepping_batches)} steps"
+                f"{trained:,} of {total:,} parameters, {last}"
             )
 
     def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -29,12 +29,17 @@ class Schedule:
                 f"schedule: warmup and decay must be 0 or more, got {self.warmup} and {self.decay}."
             )
 
-    def build(self, optimizer: Optimizer, num_steps: int) -> LRScheduler:
-        """The scheduler of a run of `num_steps` optimizer steps.
+    def build(self, optimizer: Optimizer, num_steps: float) -> LRScheduler:
+        """The scheduler of a run of `num_steps` optimizer steps, infinite if only time ends it.
 
         Raises:
-            ValueError: if warm-up and decay do not fit into the run.
+            ValueError: if warm-up and decay do not fit into the run, or are parts of no number.
         """
+        if math.isinf(num_steps) and (self.name != "constant" or 0 < self.warmup < 1):
+            raise ValueError(
+                "schedule: a run that only trainer.max_time ends has no number of steps to take "
+                "parts of: set trainer.max_steps, or name: constant with warmup in whole steps."
+            )
         warmup, decay = self._lengths(num_steps)
         if warmup + decay > num_steps:
             raise ValueError(
@@ -43,7 +48,7 @@ class Schedule:
             )
         return LambdaLR(optimizer, lambda step: self.factor(step, num_steps))
 
-    def factor(self, step: int, num_steps: int) -> float:
+    def factor(self, step: int, num_steps: float) -> float:
         """What the peak is multiplied by before a step, the first being 0.
 
         As in transformers 5 (optimization.py), whose module takes seconds to import; behind the
@@ -62,15 +67,16 @@ class Schedule:
         floor = self.min_lr_ratio if self.name == "warmup_stable_decay" else 0.0
         return floor + (1 - floor) * part
 
-    def _lengths(self, num_steps: int) -> tuple[int, int]:
+    def _lengths(self, num_steps: float) -> tuple[int, int]:
         """Steps of warm-up and of decay."""
         warmup = _steps(self.warmup, num_steps)
         if self.name == "constant":
             return warmup, 0
         if self.name == "warmup_stable_decay":
             return warmup, _steps(self.decay, num_steps)
-        return warmup, max(0, num_steps - warmup)
+        return warmup, max(0, int(num_steps) - warmup)
 
 
-def _steps(length: float, num_steps: int) -> int:
-    return int(length) if length >= 1 else round(length * num_steps)
+def _steps(length: float, num_steps: float) -> int:
+    whole = length >= 1 or length == 0
+    return int(length) if whole else round(length * num_steps)
