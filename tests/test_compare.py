@@ -227,6 +227,78 @@ def test_a_single_validation_is_the_end(tmp_path):
     assert list(pictures(results, "one", [])) == ["run-pass_at_k-after.png"]
 
 
+def test_a_resumed_run_has_no_start(tmp_path):
+    """Its first validation is one of training, its log of its own steps: 20 at a share of 0.1."""
+    name, share = "val/in/nll", "train/mix/large_changes"
+    whole = [{"step": 0, name: 3.0}, {"step": 999, name: 2.0}, {"step": 1999, name: 1.0}]
+    resumed = [{"step": step, share: 0.1, "train/kl": 0.2} for step in (1009, 1019)]
+    resumed += [{"step": 1499, name: 1.5}, {"step": 1999, name: 0.9}]
+    given = [str(lay(tmp_path / key, x)) for key, x in (("a", whole), ("b", resumed))]
+    results = read_results(given)
+    curves = results.of("b", "run")[0].curves
+    assert curves["train/mix/num_large_changes"] == [(1019, pytest.approx(2.0))]
+    assert curves["train/kl_area"] == [(1019, pytest.approx(2.0))]
+    comparison = compare(results, "a")
+    before, between, after, _ = comparison.tables["run"]
+    assert [[x.text for x in row] for row in before.rows] == [["a", "1", "3.000"], ["b", "1", "–"]]
+    assert [x.text for x in between.rows[0]] == ["b", "1", "–"]
+    assert [row[2].text for row in after.rows] == ["1.000", "0.900"]
+    said = [x for x in comparison.missing if "one seed only" not in x]
+    assert said == [
+        "b run: no values before training for seed 0 (resumed, or trainer.num_sanity_val_steps is "
+        "0)",
+        "b run: seed 0 was resumed; its log starts at step 1000, and train/ metrics cover no step "
+        "before",
+    ]
+    assert not any("before" in picture for picture in pictures(results, "a", []))
+    alone = compare(read_results(given[1:]), None)
+    assert [x.title for x in alone.tables["run"]] == ["run, val/in, after training"]
+    assert "run: no run has values before training" in "\n".join(alone.missing)
+
+
+def test_a_validation_after_the_first_step_is_none_before_training(tmp_path):
+    """Both are step 0 of the log, and only what the Trainer logs in training has an epoch."""
+    rows = [{"step": i, "epoch": 0, "val/in/nll": 2.0 - i} for i in range(2)]
+    start = {"step": 0, "val/in/nll": 3.0}
+    lay(tmp_path / "whole", [start, *rows])
+    lay(tmp_path / "late", rows)
+    results = read_results([str(tmp_path / name) for name in ("whole", "late")])
+    found = [results.of(arm, "run")[0] for arm in results.arms]
+    assert [x.value("val/in/nll", first=True) for x in found] == [3.0, None]
+    assert [x.value("val/in/nll") for x in found] == [1.0, 1.0]
+    assert [x.start for x in found] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("steps", "start", "number"),
+    [((9, 19, 29), 0, 3.0), ((4, 24), 0, 2.5), ((1, 2), 1, 0.2), ((1009,), 0, None)],
+)
+def test_where_a_log_starts(tmp_path, steps, start, number):
+    """A log has every n-th step; of a single entry nobody knows for how many steps it stands."""
+    rows = [{"step": step, "train/mix/large_changes": 0.1} for step in steps]
+    run = read_results([str(lay(tmp_path / "run", rows))]).of("run", "run")[0]
+    assert run.start == start
+    found = run.value("train/mix/num_large_changes")
+    assert found is None if number is None else found == pytest.approx(number)
+
+
+def test_numbers_of_an_earlier_validation_are_not_those_of_the_end(tmp_path):
+    rows = [{"step": 0, "val/in/pass@1": 0.1, "val/in/distinct": 1.0, "val/in/nll": 2.0}]
+    rows += [{"step": 4, "val/in/pass@1": 0.3, "val/in/nll": 1.5}, {"step": 9, "val/in/nll": 1.0}]
+    results = read_results([str(lay(tmp_path / "one", rows))])
+    comparison = compare(results, None, ["val/*"])
+    (table,) = comparison.tables["run"]
+    assert [[x.text for x in row] for row in table.rows] == [
+        ["(all arms before)", "", "1.000", "2.000", "0.100"],
+        ["one", "1", "–", "1.000", "–"],
+    ]
+    for name in ("distinct", "pass@1"):
+        assert (
+            f"one run: val/in/{name} was not logged, or not as a finite number, for seed 0 by the "
+            "last validation" in comparison.missing
+        )
+
+
 def test_what_is_missing_is_named(tmp_path):
     nan = float("nan")
     arms = {"base": [0.2] * 5, "gift": [0.3, nan, 0.4, nan, 0.35], "one": [0.1, *[nan] * 4]}

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import pyarrow.parquet
 import pytest
 import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -276,6 +277,67 @@ def test_every_and_validate(tmp_path):
     assert metrics["val/mixed/pass@1"] == pytest.approx(callback.history[-1]["val/mixed/pass@1"])
     tested = _trainer(tmp_path, _callback()).test(module, datamodule=Data(), verbose=False)[0]
     assert tested == pytest.approx(metrics)
+
+
+def _logged(folder, name):
+    with open(folder / "metrics.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row.get(name)]
+    return [(int(row["step"]), float(row[name])) for row in rows]
+
+
+def test_a_skipped_validation_has_no_older_numbers(tmp_path):
+    """Of three validations the second is due and the third is the last."""
+    module, callback, name = Module(), _callback(every=2), "val/mixed/pass@4"
+    seen = []
+
+    class Watch(pl.Callback):
+        def on_validation_end(self, trainer, pl_module):
+            seen.append(float(trainer.callback_metrics[name]))
+
+    saves = ModelCheckpoint(tmp_path, "{step}", monitor=name, mode="max", save_top_k=1)
+    options = {"max_epochs": 3, "enable_checkpointing": True}
+    trainer = _trainer(tmp_path, callback, callbacks=[callback, Watch(), saves], **options)
+    trainer.fit(module, datamodule=Data())
+    assert [row["step"] for row in callback.history] == [0, 8, 12]
+    before, second, third = (row[name] for row in callback.history)
+    assert seen == pytest.approx([before, math.nan, second, third], nan_ok=True)
+    steps, values = zip(*_logged(tmp_path, name), strict=True)
+    assert steps == (3, 7, 11)
+    assert values == pytest.approx((math.nan, second, third), nan_ok=True)
+    assert trainer.callback_metrics[name].item() == pytest.approx(third)
+    assert saves.best_model_score.item() == pytest.approx(max(second, third))
+
+
+def test_a_run_that_stops_in_a_skipped_validation_is_evaluated(tmp_path, capsys):
+    module, callback, name = Module(), _callback(every=3), "val/mixed/pass@4"
+
+    class Stop(pl.Callback):
+        def on_validation_end(self, trainer, pl_module):
+            trainer.should_stop = not trainer.sanity_checking
+
+    trainer = _trainer(tmp_path, callback, callbacks=[callback, Stop(), Report()])
+    trainer.fit(module, datamodule=Data())
+    assert trainer.global_step == 4
+    assert [row["step"] for row in callback.history] == [0, 4]
+    end = callback.history[-1][name]
+    assert trainer.callback_metrics[name].item() == pytest.approx(end)
+    assert _logged(tmp_path, name)[-1] == (3, pytest.approx(end))
+    assert "nan" not in capsys.readouterr().out
+    assert (tmp_path / "completions" / "step-00000004.parquet").is_file()
+    assert all(module.modes)
+
+
+def test_early_stopping_needs_a_number_of_every_validation(tmp_path):
+    def fit(monitor, every):
+        callback = _callback(every=every)
+        stopping = EarlyStopping(monitor, mode="max", strict=False)
+        trainer = _trainer(tmp_path, callback, callbacks=[callback, stopping], max_epochs=1)
+        trainer.fit(Module(), datamodule=Data())
+
+    with pytest.raises(ValueError, match=r"every=2.* val/mixed/pass@1, which EarlyStopping"):
+        fit("val/mixed/pass@1", 2)
+    fit("val/mixed/pass@1", 1)
+    fit("val/mixed/nll", 2)
 
 
 def test_all_samples_are_written(tmp_path):

@@ -1,5 +1,6 @@
 """The model card of an export: how the model was made, what it scored, what to cite."""
 
+import math
 import re
 from importlib import import_module
 from importlib.metadata import version
@@ -8,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from gift_lightning.results import read_curves
+from gift_lightning.results import last_validation, read_metrics
 
 _ARXIV = re.compile(r"arXiv (\d{4}\.\d{5})")
 _PACKAGES = ("gift-lightning", "torch", "transformers", "peft")
@@ -63,8 +64,8 @@ def model_card(
 def _last_validation(run: Path) -> dict[str, float]:
     if not (run / "metrics.csv").is_file():
         return {}
-    curves = read_curves(run)
-    return {k: x[-1][1] for k, x in curves.items() if k.startswith("val") and k[-3:] != "_se"}
+    values = last_validation(read_metrics(run)[0])
+    return {k: x for k, x in values.items() if k[-3:] != "_se" and math.isfinite(x)}
 
 
 def _papers(node: Any) -> list[str]:

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from typing import Literal
 
 from gift_lightning.intervals import LEVEL, difference, holm, mean
-from gift_lightning.results import Results
+from gift_lightning.results import Result, Results
 from gift_lightning.tables import Cell, Table, chance, plus_minus
 
 Moment = Literal["before", "after"]
@@ -102,7 +102,7 @@ class _Stage:
         return tables
 
     def values(self, arm: str, metric: str, moment: Moment = "after") -> dict[int, float]:
-        """By seed; the values before are the validation's that comes before training."""
+        """By seed; the values before are those of the validation at step 0."""
         found = {}
         for seed, result in self.results.of(arm, self.stage).items():
             value = result.value(metric, first=moment == "before")
@@ -111,23 +111,23 @@ class _Stage:
         return found
 
     def _have_start(self, metrics: list[str]) -> bool:
-        """Whether anything was validated more than once."""
-        runs = [x for arm in self.arms for x in self.results.of(arm, self.stage).values()]
-        return any(
-            name.startswith("val/") and len(run.curves.get(name, [])) > 1
-            for run in runs
-            for name in metrics
-        )
+        """Whether anything was validated before training."""
+        return any(name in run.before for run in self._runs() for name in metrics)
+
+    def _runs(self) -> list[Result]:
+        return [x for arm in self.arms for x in self.results.of(arm, self.stage).values()]
 
     def _start(self, metrics: list[str]) -> list[float] | None:
         """The values before training if all runs share them, else None."""
+        if not all(run.before for run in self._runs()):
+            return None
         shared = []
         for name in metrics:
             values = [x for arm in self.arms for x in self.values(arm, name, "before").values()]
             if not values or max(values) - min(values) > 1e-9 * max(1.0, abs(max(values))):
                 return None
             shared.append(values[0])
-        return shared if self._have_start(metrics) else None
+        return shared
 
     def _title(self, name: str, moment: Moment) -> str:
         return f"{self.stage}, {name or 'all'}, {moment} training"
@@ -183,10 +183,11 @@ class _Stage:
         for arm in self.arms:
             have = set(self.results.of(arm, self.stage))
             for metric in self.metrics:
+                end = " by the last validation" if metric.startswith("val/") else ""
                 if lacking := sorted(have - set(self.values(arm, metric))):
                     comparison.missing.append(
                         f"{arm} {self.stage}: {metric} was not logged, or not as a finite number, "
-                        f"for seed {', '.join(map(str, lacking))}"
+                        f"for seed {_list(lacking)}{end}"
                     )
             for seed in sorted(every - have):
                 if (arm, seed, self.stage) not in self.results.unfinished:
@@ -197,3 +198,30 @@ class _Stage:
                 comparison.missing.append(f"{arm} {self.stage}: one seed only, so no interval")
         if not self.metrics:
             comparison.missing.append(f"{self.stage}: none of the metrics was logged")
+        self._note_starts(comparison)
+
+    def _note_starts(self, comparison: Comparison) -> None:
+        """Runs that were not validated before training, or resumed, or both."""
+        why = "resumed, or trainer.num_sanity_val_steps is 0"
+        validated = any(name.startswith("val/") for name in self.metrics)
+        if validated and not any(run.before for run in self._runs()):
+            comparison.missing.append(f"{self.stage}: no run has values before training ({why})")
+            validated = False
+        for arm in self.arms:
+            runs = self.results.of(arm, self.stage)
+            lacking = [seed for seed, run in runs.items() if not run.before]
+            if validated and lacking:
+                comparison.missing.append(
+                    f"{arm} {self.stage}: no values before training for seed {_list(lacking)} "
+                    f"({why})"
+                )
+            for seed, run in runs.items():
+                if run.start > 0:
+                    comparison.missing.append(
+                        f"{arm} {self.stage}: seed {seed} was resumed; its log starts at step "
+                        f"{run.start}, and train/ metrics cover no step before"
+                    )
+
+
+def _list(seeds: list[int]) -> str:
+    return ", ".join(map(str, seeds))

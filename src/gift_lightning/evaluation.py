@@ -1,12 +1,14 @@
 """Evaluation by sampling, during training or alone: how often a model is right, how variously."""
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.trainer.states import TrainerFn
 
 from gift_lightning.completions import Row, Solved, read_solved, solved, write
@@ -19,9 +21,11 @@ from gift_lightning.metrics import (
     ProblemMean,
     TruncationRate,
 )
-from gift_lightning.module import PolicyModule
+from gift_lightning.module import PolicyModule, training_ends
 from gift_lightning.problems import Problem, Problems
 from gift_lightning.sampler import Sampler, Settings
+
+_MEASURES = r"((pass|avg|maj)@\d+|truncated|distinct)(_se)?|not_scorable|coverage(_kept)?@\d+"
 
 
 class GenerationEval(Callback):
@@ -78,7 +82,9 @@ class GenerationEval(Callback):
             max_new_tokens: length limit of a completion.
             seed: of the sampling streams.
             batch_size: completions sampled side by side.
-            every: evaluate at every n-th validation run (and before training).
+            every: evaluate at every n-th validation run, before training and at its end. The others
+                log NaN, so that no older number passes for theirs: a checkpoint that monitors one
+                is not replaced by them, and early stopping by one is refused.
             chat: make text prompts a user's turn of the tokenizer's chat template.
             group_size: G of the RL stage, at most num_samples; num_samples by default.
             baseline: completions/*.parquet of the base model's evaluation.
@@ -109,10 +115,14 @@ class GenerationEval(Callback):
         self._base: Solved = {}
         self._validations = 0
         self._loaded_step = 0
+        self._skipped: int | None = None
+        """Step in the log of the last validation, if that was skipped."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Loads everything, so that what is wrong is refused before training."""
         sets = self._load(trainer)
+        if stage == "fit":
+            self._check_stopping(trainer, sets)
         self.teardown(trainer, pl_module, stage)
         self._sampler = Sampler(self.settings, self.rewards, sets, pl_module)
         if self.baseline is not None:
@@ -133,12 +143,24 @@ class GenerationEval(Callback):
             raise ValueError("GenerationEval has no problems: give every set some.")
         return found
 
+    def _check_stopping(self, trainer: Trainer, sets: Iterable[str]) -> None:
+        ours = re.compile(f"val/({'|'.join(map(re.escape, sets))})/({_MEASURES})")
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            stops = self.every > 1 and isinstance(callback, EarlyStopping)
+            if stops and ours.fullmatch(str(callback.monitor)):
+                raise ValueError(
+                    f"GenerationEval.every={self.every} leaves validations without "
+                    f"{callback.monitor}, which EarlyStopping monitors: set every to 1, or monitor "
+                    "what every validation measures, such as its nll."
+                )
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.enable_validation or trainer.val_dataloaders == []:
             raise ValueError(
                 "GenerationEval runs at validation, and this run has none: give data.val, and "
                 "leave trainer.limit_val_batches above 0."
             )
+        self._skipped = None
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._sampler is not None:
@@ -167,11 +189,32 @@ class GenerationEval(Callback):
         training = trainer.state.fn == TrainerFn.FITTING
         if training and not trainer.sanity_checking:
             self._validations += 1
-            if self._validations % self.every:
+            if self._validations % self.every and not training_ends(trainer):
+                self._skipped = trainer.fit_loop.epoch_loop._batches_that_stepped
+                # Else reports and checkpoints go on to read the last numbers as if they were new.
+                known = self.history[-1] if self.history else {}
+                pl_module.log_dict({key: math.nan for key in known if key != "step"})
                 return
+            self._skipped = None
+        pl_module.log_dict(self._record(trainer, pl_module))
+
+    on_test_epoch_end = on_validation_epoch_end
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Makes up for a skipped validation that was the last, as something stopped there."""
+        if self._skipped is None:
+            return
+        step = max(self._skipped, trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
+        metrics = self._record(trainer, pl_module)
+        trainer.callback_metrics.update({key: torch.tensor(x) for key, x in metrics.items()})
+        for logger in trainer.loggers:
+            logger.log_metrics({**metrics, "epoch": trainer.current_epoch}, step=step)
+
+    def _record(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
+        """Evaluates, and keeps the samples; returns the metrics."""
+        training = trainer.state.fn == TrainerFn.FITTING
         step = trainer.global_step if training else self._loaded_step
         rows, metrics = self.evaluate(trainer, pl_module)
-        pl_module.log_dict(metrics)
         self.history.append({"step": step, **metrics})
         if training and step == 0 and not self._base:
             self._base = solved(rows)
@@ -182,8 +225,7 @@ class GenerationEval(Callback):
             if hasattr(logger, "log_table") and self.completions:
                 data = [list(row.values()) for row in self.completions]
                 logger.log_table("completions", columns=list(self.completions[0]), data=data)
-
-    on_test_epoch_end = on_validation_epoch_end
+        return metrics
 
     def evaluate(
         self, trainer: Trainer, pl_module: LightningModule

@@ -273,7 +273,7 @@ class PolicyModule(pl.LightningModule):
             super().lr_scheduler_step(scheduler, metric)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        if self._is_end:
+        if training_ends(self.trainer):
             # A report and a checkpoint need the numbers of the end, where no schedule needs to
             # fall. The epoch loop asks this once more and then validates as it always does, before
             # monitoring checkpoints and exports; the schedule itself stays the user's.
@@ -292,15 +292,6 @@ class PolicyModule(pl.LightningModule):
             self._loss_since_log, self._steps_since_log = 0.0, 0
             self._tokens_since_log, self._last_log = 0, time.perf_counter()
         self._step = _Step()
-
-    @property
-    def _is_end(self) -> bool:
-        """Whether training ends with the current batch, by any of the Trainer's limits."""
-        trainer, loop = self.trainer, self.trainer.fit_loop
-        if (trainer.should_stop and loop._can_stop_early) or self.global_step == trainer.max_steps:
-            return True
-        num_epochs = loop.epoch_progress.current.processed + 1  # type: ignore[attr-defined]
-        return trainer.is_last_batch and num_epochs == trainer.max_epochs
 
     def step_metrics(self) -> dict[str, Any]:
         """What is logged after an optimizer step; a stage adds its own."""
@@ -416,6 +407,15 @@ class PolicyModule(pl.LightningModule):
             special = special_ids(self.tokenizer)
             ends += [i for i in data.train_examples.last_learned() if i in special]
         return list(dict.fromkeys(i for i in ends if i is not None))
+
+
+def training_ends(trainer: pl.Trainer) -> bool:
+    """Whether training ends with the current batch, by any of the Trainer's limits."""
+    loop = trainer.fit_loop
+    if (trainer.should_stop and loop._can_stop_early) or trainer.global_step == trainer.max_steps:
+        return True
+    num_epochs = loop.epoch_progress.current.processed + 1  # type: ignore[attr-defined]
+    return trainer.is_last_batch and num_epochs == trainer.max_epochs
 
 
 def _weight_of(name: str) -> str:

@@ -7,6 +7,7 @@ import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from gift_lightning.receipt import read_receipt
 Key = tuple[str, int, str]
 """Arm, seed, stage."""
 
+Curves = dict[str, list[tuple[int, float]]]
+"""Metric → (step, value), in the order of logging."""
+
 _STAGE = "run"  # of a run that no ablation has made
 
 
@@ -26,18 +30,30 @@ class Result:
     """One finished run."""
 
     folder: Path
-    curves: dict[str, list[tuple[int, float]]]
-    """Metric → (step, value), in the order of logging."""
+    curves: Curves
+    before: dict[str, float]
+    """Metric → value before the first step; a resumed run has none."""
     command: str = ""
     versions: dict[str, str] = field(default_factory=dict)
 
     def value(self, metric: str, first: bool = False) -> float | None:
-        """The last logged value, or the first of several; None if there is no finite one."""
-        curve = self.curves.get(metric, [])
-        if len(curve) < 1 + first:
-            return None
-        value = curve[0 if first else -1][1]
+        """The value at the end, or before training; None if there is no finite one."""
+        value = (self.before if first else self._after).get(metric, math.nan)
         return value if math.isfinite(value) else None
+
+    @cached_property
+    def _after(self) -> dict[str, float]:
+        """What was measured in training and not before it."""
+        rest = {k: curve[k in self.before :] for k, curve in self.curves.items()}
+        measured = {k: curve for k, curve in rest.items() if curve}
+        trained = {k: x[-1][1] for k, x in measured.items() if not k.startswith("val/")}
+        return trained | last_validation(measured)
+
+    @property
+    def start(self) -> int:
+        """The first step that the log covers; above 0 if the run was resumed."""
+        behind = _behind(self.curves)
+        return 0 if behind is None else behind + 1
 
 
 @dataclass
@@ -80,7 +96,7 @@ class Results:
         words = words[words.index("fit") :] if "fit" in words else words
         command = shlex.join(["gift", *words]) if words else ""
         versions = (receipt or {}).get("versions", {})
-        self.runs[key] = Result(folder, read_curves(folder), command, versions)
+        self.runs[key] = Result(folder, *read_metrics(folder), command, versions)
         for name, names in ((key[0], self.arms), (key[2], self.stages)):
             if name not in names:
                 names.append(name)
@@ -159,20 +175,48 @@ def _read_run(folder: Path, name: str, results: Results) -> None:
         results.missing.append(f"{_say(key)}: {folder} has not finished (no hf/ in it)")
 
 
-def read_curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """What a run has logged: metric → (step, value), in the order of logging."""
-    curves: dict[str, list[tuple[int, float]]] = {}
+def read_metrics(folder: Path) -> tuple[Curves, dict[str, float]]:
+    """What a run has logged, and of that the values before training."""
+    curves: Curves = {}
+    before: dict[str, float] = {}
     with (folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
+            step = int(row["step"])
+            # The first step is step 0 as well, but what is logged in training has an epoch.
+            untrained = step == 0 and not row.get("epoch")
             for name, text in row.items():
                 if text and name not in ("step", "epoch"):
-                    curves.setdefault(name, []).append((int(row["step"]), float(text)))
-    return {**curves, **_derived(curves)}
+                    curves.setdefault(name, []).append((step, float(text)))
+                    if untrained:
+                        before.setdefault(name, float(text))
+    return {**curves, **_derived(curves)}, before
 
 
-def _derived(curves: dict[str, list[tuple[int, float]]]) -> dict[str, list[tuple[int, float]]]:
-    """Of a whole run, at its last step: the area under the KL over steps (trapezoids, nats × steps)
-    and the number of steps at which μ changed much."""
+def last_validation(curves: Curves) -> dict[str, float]:
+    """What the last validation has logged: not every validation needs to measure everything."""
+    ends = {k: curve[-1] for k, curve in curves.items() if k.startswith("val/")}
+    last = max((step for step, _ in ends.values()), default=0)
+    return {k: value for k, (step, value) in ends.items() if step == last}
+
+
+def _behind(curves: Curves) -> int | None:
+    """The step behind which the log of training starts: -1, or where a run was resumed.
+
+    Every n-th step is logged, so a log starts n steps before its first entry; None if a single
+    entry does not say what n is.
+    """
+    if any(curve[0][0] == 0 for curve in curves.values()):
+        return -1
+    trained = (curve for name, curve in curves.items() if name.startswith("train/"))
+    steps = sorted({step for curve in trained for step, _ in curve})
+    if len(steps) < 2:
+        return None
+    return max(-1, steps[0] - max(b - a for a, b in pairwise(steps)))
+
+
+def _derived(curves: Curves) -> Curves:
+    """Of all steps that a run has logged, at the last one: the area under the KL over steps
+    (trapezoids, nats × steps) and the number of steps at which μ changed much."""
     found = {}
     kl, large = (
         [point for point in curves.get(name, []) if math.isfinite(point[1])]
@@ -181,8 +225,9 @@ def _derived(curves: dict[str, list[tuple[int, float]]]) -> dict[str, list[tuple
     if len(kl) > 1:
         area = sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in pairwise(kl))
         found["train/kl_area"] = [(kl[-1][0], area)]
-    if large:  # a share of the steps since the entry before
-        steps = [b - a for a, b in pairwise([-1, *(step for step, _ in large)])]
+    behind = _behind(curves)
+    if large and behind is not None:  # a share of the steps since the entry before
+        steps = [b - a for a, b in pairwise([behind, *(step for step, _ in large)])]
         total = sum(x * n for (_, x), n in zip(large, steps, strict=True))
         found["train/mix/num_large_changes"] = [(large[-1][0], total)]
     return found
