@@ -35,15 +35,15 @@ def own_folder(wanted: str | Path) -> Iterator[Path]:
     """The folder itself if it is new or empty, else the first free of folder-1, folder-2, ...
 
     No run ever writes into the folder of another, also if both start at once: the folder is made
-    and locked here, long before anything is written. One that was made here and stayed
-    empty is removed at the end.
+    and locked here, long before anything is written. What was made here and stayed empty, parents
+    too, is removed at the end.
     """
     if rank_zero_only.rank:  # type: ignore[attr-defined]
         told = os.environ.get(_OWN)
         yield Path(told) if told else next(filter(_is_free, _candidates(Path(wanted))))
         return
     for folder in filter(_is_free, _candidates(Path(wanted))):
-        is_new = not folder.exists()
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
         if (lock := _locked(folder)) is not None:
             break
     assert lock is not None  # there is always another name
@@ -53,9 +53,9 @@ def own_folder(wanted: str | Path) -> Iterator[Path]:
     finally:
         os.environ.pop(_OWN, None)
         os.close(lock)
-        if is_new:
-            with suppress(OSError):  # not empty: something was written, and stays
-                folder.rmdir()
+        with suppress(OSError):  # not empty: something was written, and stays
+            for path in made:
+                path.rmdir()
 
 
 def _candidates(folder: Path) -> Iterator[Path]:
