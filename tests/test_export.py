@@ -234,6 +234,25 @@ def test_a_folder_that_computes_something_else_is_not_kept(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("lora", [None, Lora(r=2)], ids=["full", "lora"])
+def test_a_sample_that_meets_an_end_of_training(tmp_path: Path, lora: Lora | None) -> None:
+    """Which the folder names, and the model itself does not."""
+    module = SFT(causal_lm("gift:countdown", lora=lora))
+    ids = torch.arange(1, 9)[None]
+    sample = module.model.generate(input_ids=ids, max_new_tokens=16, do_sample=False)[0].tolist()
+    assert len(sample) > 10
+    module.export(str(tmp_path), None, [module.tokenizer.eos_token_id, sample[9]])
+    export.check(module.model, tmp_path)
+
+
+@pytest.mark.parametrize("lora", [None, Lora(r=2)], ids=["full", "lora"])
+def test_attention_other_than_by_default(tmp_path: Path, lora: Lora | None) -> None:
+    """It rounds differently, and no folder says how it was trained."""
+    model = causal_lm("gift:countdown", "bfloat16", attn_implementation="eager", lora=lora)
+    SFT(model).export(str(tmp_path))
+    export.check(model, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -27,6 +27,8 @@ from test_sft import UnevenData, _fit, _weights
 bnb = pytest.importorskip("bitsandbytes", reason="no 4-bit weights here: bitsandbytes is missing")
 
 KINDS = {"lora": Lora(r=2), "rslora": Lora(r=2, use_rslora=True), "dora": Lora(r=2, use_dora=True)}
+# Its start moves a part of the base weights into the adapters.
+OLORA = Lora(r=2, alpha=2, extra={"init_lora_weights": "olora"})
 # What transformers, peft and bitsandbytes say about models of this size.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -203,12 +205,13 @@ def test_a_resumed_run_is_bit_equal_and_its_checkpoint_holds_adapters(optimizer,
 
 
 @pytest.mark.parametrize("four", [True, False], ids=["4-bit", "dense"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "olora"])
 def test_merged_is_what_was_trained(kind, four):
+    lora = KINDS.get(kind, OLORA)
     if four:
-        model = qlora(KINDS[kind], away=True)
+        model = qlora(lora, away=True)
     else:
-        model = causal_lm("gift:countdown", lora=KINDS[kind])
+        model = causal_lm("gift:countdown", lora=lora)
         nudge(model)
     expected = logits(model)
     with adapter_off(model):
@@ -218,6 +221,13 @@ def test_merged_is_what_was_trained(kind, four):
     torch.testing.assert_close(logits(whole), expected, atol=1e-4, rtol=1e-4)
     assert (base - expected).abs().max() > 0.1
     assert torch.equal(logits(model), expected)  # the model itself is left alone
+
+
+def test_another_base_is_rewritten_as_the_first_was():
+    model = causal_lm("gift:countdown", lora=OLORA)
+    nudge(model)
+    whole = merged(model, causal_lm("gift:countdown"))
+    torch.testing.assert_close(logits(whole), logits(model), atol=1e-4, rtol=1e-4)
 
 
 # --- what is refused ------------------------------------------------------------------------

@@ -352,6 +352,19 @@ def test_adapters_that_vllm_would_not_serve(options, match):
     check_adapters(Lora(r=4, use_rslora=True).wrap(policy("full")))
 
 
+@pytest.mark.parametrize("server", ["stub"], indirect=True)
+def test_adapters_that_rewrote_their_base(url, tmp_path):
+    """A server that was there has the base as it was; one of the run's own, as it is."""
+    torch.manual_seed(0)
+    start = {"init_lora_weights": "olora"}
+    model = moved(tiny_llama(**SIZES, lora=Lora(r=4, extra=start)), 0.05)
+    refused("rewrites the base .*'olora'.* or VLLMServerRollout.launch", model, url=url)
+    asked, how = prompts(3, 1, 9), launch("stub", tmp_path)
+    with started(model, launch=how) as engine:
+        groups = engine.generate(asked, 4, SAMPLING, seed=3, keys=[5, 6, 7])
+    assert gap(model, asked, groups) < 1e-4
+
+
 def test_logprobs_that_vllm_does_not_give():
     modes = {
         (1.0, 1.0): "raw_logprobs",

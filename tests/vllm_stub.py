@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Lock
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 parser = argparse.ArgumentParser()
@@ -96,7 +96,9 @@ def load_adapter(body):
     if body["lora_name"] in models and not body.get("load_inplace"):
         raise Refused(400, "The adapter has already been loaded.")
     base = AutoModelForCausalLM.from_pretrained(said.model, dtype=torch.float32)
-    loaded = PeftModel.from_pretrained(base, body["lora_path"]).eval()
+    config = PeftConfig.from_pretrained(body["lora_path"])
+    config.init_lora_weights = True  # whatever else a start does to the base is not done
+    loaded = PeftModel.from_pretrained(base, body["lora_path"], config=config).eval()
     if loaded.peft_config["default"].r > said.max_lora_rank:
         raise Refused(500, "LoRA rank is greater than max_lora_rank.")
     models[body["lora_name"]], paths[body["lora_name"]] = loaded, body["lora_path"]

@@ -41,15 +41,11 @@ from gift_lightning.collate import Batch, collate
 from gift_lightning.distribution import Distribution, Peaks
 from gift_lightning.head import ReferenceRows
 from gift_lightning.matmul import chunks, default_chunk
+from gift_lightning.models import require_intact_base
 from gift_lightning.modes import adapter_off, has_adapters, scoring
 from gift_lightning.order import MicroBatch
 from gift_lightning.policy import Policy, supervised_labels
-from gift_lightning.references import (
-    FrozenCopy,
-    Reference,
-    Samples,
-    require_intact_base,
-)
+from gift_lightning.references import FrozenCopy, Reference, Samples
 
 _FORMAT = 1  # of the folder
 _Values: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]  # of the arrays, in their order
@@ -205,7 +201,7 @@ class CachedTopK(Reference):
             self.source.setup(policy)
             self.source.verify(packing=False)
         else:
-            require_intact_base(policy)
+            require_intact_base(policy.model, "reference FrozenCopy")
         samples: Any = ConcatDataset([cast(Any, s) for s in sets.values()])
         keys, counts = identity.sample_keys(samples)
         order = np.sort(np.unique(keys, return_index=True)[1])  # each sample's first place

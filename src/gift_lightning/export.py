@@ -120,17 +120,26 @@ def prepared(
 
 @torch.no_grad()
 def check(model: PreTrainedModel, folder: Path) -> None:
-    """Raises RuntimeError unless what lies in the folder computes what the model does."""
+    """Raises RuntimeError unless what lies in the folder computes what the model does.
+
+    Both attend in the same way, since another one rounds differently, and both end a sample where
+    the folder says: training may have added ends to the model's own.
+    """
     kind: Any = AutoPeftModelForCausalLM if has_adapters(model) else AutoModelForCausalLM
     quantized = {
         "quantization_config": getattr(model.config, "quantization_config", None),
         "device_map": {"": model.device},
     }
     again: Any = kind.from_pretrained(
-        str(folder), dtype=model.dtype, trust_remote_code=False, **quantized
+        str(folder),
+        dtype=model.dtype,
+        attn_implementation=base_model(model).config._attn_implementation,
+        trust_remote_code=False,
+        **quantized,
     )
     keep_layout(again)
-    found = [_greedy(one.eval()) for one in (cast(Any, model), again)]
+    ends = GenerationConfig.from_pretrained(str(folder)).eos_token_id
+    found = [(_logits(one), _greedy(one, ends)) for one in (model.eval(), again.eval())]
     if not torch.equal(found[0][0], found[1][0]) or found[0][1] != found[1][1]:
         error = float((found[0][0] - found[1][0]).abs().max())
         raise RuntimeError(
@@ -142,16 +151,26 @@ def check(model: PreTrainedModel, folder: Path) -> None:
 @torch.no_grad()
 def difference(model: PreTrainedModel, trained: PreTrainedModel) -> float:
     """Largest difference of the two models' logits, relative to the largest logit."""
-    found, expected = (_greedy(cast(Any, one).eval())[0].float() for one in (model, trained))
+    found, expected = (_logits(one.eval()).float() for one in (model, trained))
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-def _greedy(model: Any) -> tuple[Tensor, list[int]]:
-    """Logits of eight tokens, and how greedy sampling goes on from them."""
-    ids = torch.arange(1, 9, device=model.device)[None]
-    logits = model(input_ids=ids, use_cache=False).logits
-    options = {"max_new_tokens": _SAMPLE, "do_sample": False, "attention_mask": ids > 0}
-    return logits, model.generate(input_ids=ids, **options)[0].tolist()
+def _prompt(model: PreTrainedModel) -> Tensor:
+    return torch.arange(1, 9, device=model.device)[None]
+
+
+def _logits(model: PreTrainedModel) -> Tensor:
+    """Of eight tokens."""
+    found: Tensor = model(input_ids=_prompt(model), use_cache=False).logits
+    return found
+
+
+def _greedy(model: Any, ends: int | list[int] | None) -> list[int]:
+    """How greedy sampling goes on from these tokens, up to one of the ends."""
+    ids = _prompt(model)
+    options = {"max_new_tokens": _SAMPLE, "do_sample": False, "eos_token_id": ends}
+    sample: list[int] = model.generate(input_ids=ids, attention_mask=ids > 0, **options)[0].tolist()
+    return sample
 
 
 def push(folder: Path, name: str, model: PreTrainedModel, max_shard_size: str) -> None:

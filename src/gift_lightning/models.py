@@ -24,6 +24,8 @@ from gift_lightning.quantization import four_bit, keep_layout, merged
 
 DType = Literal["float32", "bfloat16", "float16", "auto"]
 _EMBEDDED = "gift:"  # names of models shipped in the package
+# Other starts of LoRA move a part of the base weights into the adapters.
+_LEAVE_THE_BASE = (True, False, "gaussian", "orthogonal", "eva", "mica")
 _reads_weights = ContextVar("reads_weights", default=True)
 
 
@@ -243,6 +245,27 @@ def load_tokenizer(pretrained: str, gguf_file: str | None = None) -> PreTrainedT
 def base_model(model: PreTrainedModel) -> PreTrainedModel:
     """The transformers model inside adapters, or the model itself."""
     return cast(PreTrainedModel, model.get_base_model() if has_adapters(model) else model)
+
+
+def require_intact_base(model: torch.nn.Module, instead: str) -> None:
+    """Refuses adapters that changed the weights which they were put on.
+
+    Args:
+        model: the policy.
+        instead: what takes such adapters, for the message.
+
+    Raises:
+        ValueError: if the model without its adapters is not the base.
+    """
+    if not has_adapters(model):
+        return
+    for name, config in model.peft_config.items():
+        start = getattr(config, "init_lora_weights", True)
+        if start not in _LEAVE_THE_BASE:
+            raise ValueError(
+                f"adapter {name!r} rewrites the base by init_lora_weights={start!r}, so that "
+                f"without it the model is not the base: use another start, or {instead}."
+            )
 
 
 def for_export(model: PreTrainedModel) -> PreTrainedModel:

@@ -69,10 +69,10 @@ def merged(
 
     model = copy.deepcopy(model)
     if base is not None or is_quantized(cast(PreTrainedModel, model.get_base_model())):
-        config, adapters = (
-            model.peft_config[model.active_adapter],
-            peft.get_peft_model_state_dict(model),
-        )
+        config: Any = copy.copy(model.peft_config[model.active_adapter])
+        adapters = peft.get_peft_model_state_dict(model)
+        if base is None:  # a start that rewrites the base has done so: not a second time
+            config.init_lora_weights = True
         bare: Any = model.unload()
         model = cast(peft.PeftModel, peft.get_peft_model(base or bare.dequantize(), config))
         peft.set_peft_model_state_dict(model, adapters)

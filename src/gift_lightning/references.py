@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from gift_lightning.collate import Batch
 from gift_lightning.distribution import Distribution
 from gift_lightning.head import ProjectedRows, ReferenceRows
-from gift_lightning.models import DType, causal_lm, load_tokenizer
+from gift_lightning.models import DType, causal_lm, load_tokenizer, require_intact_base
 from gift_lightning.modes import adapter_off, has_adapters, scoring
 from gift_lightning.policy import Policy, supervised_labels
 from gift_lightning.quantization import is_quantized
@@ -87,27 +87,6 @@ class Reference(ABC):
             for i in range(0, len(labels), 256)
         ]
         return torch.cat(parts) if parts else labels.new_zeros(0, dtype=torch.float32)
-
-
-# Other starts of LoRA move a part of the base weights into the adapters.
-_LEAVE_THE_BASE = (True, False, "gaussian", "orthogonal", "eva", "mica")
-
-
-def require_intact_base(policy: Policy) -> None:
-    """Refuses adapters that changed the weights which they were put on.
-
-    Raises:
-        ValueError: if the model without its adapters is not the base.
-    """
-    if not has_adapters(policy.model):
-        return
-    for name, config in policy.model.peft_config.items():
-        start = getattr(config, "init_lora_weights", True)
-        if start not in _LEAVE_THE_BASE:
-            raise ValueError(
-                f"adapter {name!r} rewrites the base by init_lora_weights={start!r}, so that "
-                "without it the model is not the base: use another start, or reference FrozenCopy."
-            )
 
 
 class FrozenCopy(Reference):
@@ -264,7 +243,7 @@ class AdapterOff(Reference):
                 "reference AdapterOff needs adapters to turn off: set model.model.lora, or use "
                 "reference FrozenCopy."
             )
-        require_intact_base(policy)
+        require_intact_base(policy.model, "reference FrozenCopy")
         configs = policy.model.peft_config.items()
         biased = [name for name, c in configs if getattr(c, "bias", "") != "none"]
         if biased:

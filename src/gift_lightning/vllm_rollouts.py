@@ -9,6 +9,7 @@ import torch.distributed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gift_lightning.generation import Completion
+from gift_lightning.models import require_intact_base
 from gift_lightning.modes import has_adapters
 from gift_lightning.rollouts import RolloutEngine, Sampling
 from gift_lightning.vllm_checks import check_server, served_model
@@ -73,6 +74,8 @@ class VLLMServerRollout(RolloutEngine):
         max_prompt_length: int,
     ) -> None:
         check_adapters(model)
+        if self._given is not None:  # it serves the base as it was; one of our own, as it now is
+            require_intact_base(model, "VLLMServerRollout.launch")
         mode = logprobs_mode(sampling)
 
         def begin() -> str:
