@@ -30,6 +30,8 @@ TRAINER = {
     "enable_checkpointing": False,
 }
 VOCABULARY, BATCH, LENGTH = 8192, 8, 160
+WEIGHTS, BUFFERS = 4 * 791_552, 2 * 4 * 16  # bytes of gift:countdown; of its positions' frequencies
+STATES = 2 * WEIGHTS + 4 * 29  # of AdamW: two moments, and a count for each of 29 tensors
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +56,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     problems = [{"prompt": f"{i}" * 24, "target": i} for i in range(1, 9)]
     (folder / "problems.jsonl").write_text("\n".join(map(json.dumps, problems)))
+    problems = [{"prompt": f"{i}" * 200, "target": i} for i in range(1, 9)]
+    (folder / "long.jsonl").write_text("\n".join(map(json.dumps, problems)))
     return folder
 
 
@@ -88,6 +92,16 @@ def grpo(folder: Path, **more: object) -> dict:
     }
 
 
+def large_rollouts(folder: Path, prompts: int = 2) -> dict:
+    """Two rollouts that take more than the steps: many completions of long prompts, which a small
+    micro-batch shares. The second one finds the optimizer's states."""
+    config = grpo(folder, prompts_per_rollout=prompts, num_generations=64, share_prompts=True)
+    config["data"]["init_args"]["train"]["init_args"]["path"] = str(folder / "long.jsonl")
+    config["model"]["init_args"] |= {"max_completion_length": 16, "kl_weight": 0.0}
+    del config["model"]["init_args"]["reference"]
+    return {**config, "trainer": {"accumulate_grad_batches": 128 // BATCH}}
+
+
 GIFT = {"class_path": "GIFT", "init_args": {"beta": 3}}
 CASES = {
     "standard SFT": lambda f: sft(f),
@@ -98,13 +112,15 @@ CASES = {
     "gradient checkpointing": lambda f: sft(f, model=policy(f, gradient_checkpointing=True)),
     "GRPO": grpo,
     "GRPO with shared prompts": lambda f: grpo(f, share_prompts=True),
+    "GRPO with large rollouts": large_rollouts,
 }
 
 
 def written(folder: Path, name: str, config: dict) -> list[str]:
     path = folder / f"{name}.yaml"
     root = str(folder / "runs" / name)
-    path.write_text(yaml.safe_dump({**config, "trainer": {**TRAINER, "default_root_dir": root}}))
+    trainer = {**TRAINER, **config.get("trainer", {}), "default_root_dir": root}
+    path.write_text(yaml.safe_dump({**config, "trainer": trainer}))
     return ["fit", "--config", str(path)]
 
 
@@ -112,12 +128,20 @@ def planned(words: list[str]):
     return plan_of(words[1:])
 
 
-SPREAD = [("GIFT with FrozenCopy", "ddp"), ("GRPO", "fsdp2")]
+SPREAD = [
+    ("GIFT with FrozenCopy", "ddp"),
+    ("GRPO", "fsdp2"),
+    ("GRPO with large rollouts", "fsdp2"),
+]
+LARGER = {
+    "GRPO": lambda f: grpo(f, prompts_per_rollout=4),
+    "GRPO with large rollouts": lambda f: large_rollouts(f, prompts=4),
+}
 
 
 def spread(folder: Path, name: str, strategy: str) -> list[str]:
     """The command of a case by two processes, each of which takes what one takes alone."""
-    config = grpo(folder, prompts_per_rollout=4) if name == "GRPO" else CASES[name](folder)
+    config = {**CASES, **LARGER}[name](folder)
     words = written(folder, f"{name}, {strategy}", config)
     return [*words, "--trainer.strategy", strategy, "--trainer.devices", "2"]
 
@@ -243,10 +267,87 @@ def test_a_rollout_is_shared_by_those_that_see_other_samples(
         flags = ["FSDP2", "--trainer.strategy.tensor_parallel_size", str(tensor)]
         decoded[tensor] = planned([*words, *flags]).sizes.decoded
     assert decoded == {1: 2 * BATCH, 2: 4 * BATCH}
-    main(["plan", *words[1:], "ddp"])
+    # One step for each rollout, whose completions need not be scored again.
+    main(["plan", *words[1:], "ddp", "--data.batch_size", str(2 * BATCH)])
     said = capsys.readouterr().out
     assert all(x in said for x in ("training", "rollout", "KV cache", "ddp, 4 devices"))
     assert f"{2 * BATCH} are sampled side by side" in said
+
+
+def countdown(folder: Path, *flags: str) -> Plan:
+    """Of GRPO by the embedded model: a rollout is two prompts with four completions each."""
+    config = grpo(folder, num_generations=4, batch_size=8)
+    own = {"model": policy(folder, pretrained="gift:countdown"), "rewards": ["small_rewards.Even"]}
+    own |= {"max_completion_length": 16, "reward_workers": 1}
+    config["model"]["init_args"] = own
+    return planned([*written(folder, "countdown", config), *flags])
+
+
+def devices(number: int, strategy: str, *options: str) -> list[str]:
+    return ["--trainer.devices", str(number), "--trainer.strategy", strategy, *options]
+
+
+SERVER = ["--model.engine", "VLLMServerRollout", "--model.engine.url", "http://host:8000"]
+
+
+def test_a_rollout_comes_beside_the_optimizers_states(folder: Path) -> None:
+    plan = countdown(folder)
+    assert plan.rollout["parameters"] == WEIGHTS + BUFFERS
+    assert plan.rollout["optimizer"] == plan.training["optimizer"] == STATES
+    assert plan.rollout["gradients"] == 0  # freed at the end of a step
+    kept = 8 * (24 + 16 - 1) * 3 * 2 * 128 * 4  # keys and values of 8 rows in 3 layers of size 128
+    assert plan.rollout["kv_cache"] >= kept
+    assert sum(plan.rollout.values()) >= WEIGHTS + STATES + kept
+    assert "optimizer" not in countdown(folder, "--model.optimizer", "torch.optim.SGD").rollout
+
+
+@pytest.mark.parametrize("view", ["true", "false"])
+def test_buckets_of_gradients_stay_in_a_rollout(folder: Path, view: str) -> None:
+    options = ["--trainer.strategy.gradient_as_bucket_view", view]
+    plan = countdown(folder, *devices(2, "DDPStrategy", *options))
+    assert plan.rollout["gradients"] == WEIGHTS
+    assert plan.training["gradients"] >= WEIGHTS
+
+
+def test_a_rollout_gathers_a_copy_beside_the_shards(folder: Path) -> None:
+    rollout = countdown(folder, *devices(2, "fsdp2")).rollout
+    assert rollout["parameters"] == (WEIGHTS + BUFFERS) // 2
+    assert rollout["gathered"] == WEIGHTS + BUFFERS
+    assert rollout["optimizer"] == STATES // 2
+    assert sum(rollout.values()) >= 1.5 * WEIGHTS + STATES / 2
+    # One device has all there is, and copies nothing.
+    assert countdown(folder, *devices(1, "fsdp2")).rollout["gathered"] == 0
+    # Two that share every product both hold what is outside of the blocks.
+    halves = ["--trainer.strategy.tensor_parallel_size", "2"]
+    rollout = countdown(folder, *devices(2, "FSDP2", *halves)).rollout
+    outside = 4 * (33 * 128 + 128) + BUFFERS
+    inside = WEIGHTS + BUFFERS - outside
+    assert (rollout["parameters"], rollout["gathered"]) == (outside + inside // 2, inside)
+
+
+def test_a_references_head_stays_gathered(folder: Path) -> None:
+    reference = ["--model.reference", "FrozenCopy"]
+    plain = countdown(folder, *devices(2, "fsdp2"))
+    plan = countdown(folder, *devices(2, "fsdp2"), *reference)
+    head = 4 * (33 * 128 + 128)  # with the last norm; the embedding is the same
+    for phase, without in ((plan.training, plain.training), (plan.rollout, plain.rollout)):
+        # One number of the module's is there at one of the peaks.
+        assert phase["gathered"] == pytest.approx(without["gathered"] + head, abs=4)
+    away = countdown(folder, *devices(2, "fsdp2"), *reference, "--model.reference.device", "cpu")
+    assert away.rollout["gathered"] == plain.rollout["gathered"]
+
+
+def test_weights_are_gathered_for_a_server_too(folder: Path) -> None:
+    assert countdown(folder, *SERVER).rollout is None
+    plan = countdown(folder, *SERVER, *devices(2, "fsdp2"))
+    assert plan.rollout["parameters"] == (WEIGHTS + BUFFERS) // 2
+    assert plan.rollout["gathered"] == WEIGHTS + BUFFERS
+    assert plan.rollout["optimizer"] == STATES // 2
+    assert "kv_cache" not in plan.rollout
+    # Old log-probabilities are scored by the copy: at the least a layer's 512 inner values.
+    again = countdown(folder, *SERVER, *devices(2, "fsdp2"), "--data.num_iterations", "2")
+    more = again.rollout["activations"] - plan.rollout["activations"]
+    assert more >= 8 * (24 + 16) * 512 * 4
 
 
 def test_a_base_that_is_quantised_already(folder: Path, bare: Path) -> None:

@@ -17,6 +17,7 @@ from gift_lightning.hybrid import Hybrid
 from gift_lightning.imitation import Imitation
 from gift_lightning.matmul import two_chunks
 from gift_lightning.models import base_model, without_weights
+from gift_lightning.modes import scoring
 from gift_lightning.module import PolicyModule
 from gift_lightning.onpolicy import OnPolicy
 from gift_lightning.order import MicroBatch
@@ -114,6 +115,7 @@ class Footprint:
         trained = [p for p in module.parameters() if p.requires_grad]
         with self._inside():
             optimizer: Any = module.optimizer(trained)
+            self._optimizer = optimizer  # its states are there in rollouts
             for group in optimizer.param_groups:
                 if self.setting.accelerator and group.get("foreach", False) is None:
                     group["foreach"] = not group.get("fused")  # torch's own choice there
@@ -169,29 +171,46 @@ class Footprint:
     # A rollout.
 
     def rollout(self) -> dict[str, int] | None:
-        """Bytes by part at the peak of sampling with the policy itself, or None."""
-        sizes, counter = self.sizes, self.counter
-        if not sizes.decoded:
+        """Bytes by part at the peak of a rollout, or None where there are none; after `training`.
+
+        All rollouts but the first find the optimizer's states; none finds gradients, which are
+        freed when a step ends. Where an engine samples, this is what the trainer holds meanwhile.
+        """
+        if not isinstance(self.module, OnPolicy):
             return None
-        counter.restart()
-        read, last = -(-sizes.decoded // sizes.group), sizes.prompt + sizes.completion - 2
+        self.counter.restart()
         with self._inside():
-            # All prompts are read, and the last token of all completions is drawn.
-            for prompts, samples, length, steps in (
-                (read, sizes.group, sizes.prompt, 1),
-                (1, sizes.decoded, max(last, 1), 2),
-            ):
-                generate(
-                    self.module.model,
-                    [[0] * length] * prompts,
-                    samples,
-                    max_new_tokens=steps,
-                    eos_ids=[-1],
-                    pad_id=0,
-                    seed=0,
-                    batch_size=sizes.decoded,
-                )
-        return dict(counter.peak)
+            if self.sizes.decoded:
+                self._sample()
+            if self.sizes.scored:
+                self._score(self.module)
+        return dict(self.counter.peak)
+
+    def _sample(self) -> None:
+        """All prompts are read, and the last token of all completions is drawn."""
+        sizes = self.sizes
+        read, last = -(-sizes.decoded // sizes.group), sizes.prompt + sizes.completion - 2
+        for prompts, samples, length, steps in (
+            (read, sizes.group, sizes.prompt, 1),
+            (1, sizes.decoded, max(last, 1), 2),
+        ):
+            generate(
+                self.module.model,
+                [[0] * length] * prompts,
+                samples,
+                max_new_tokens=steps,
+                eos_ids=[-1],
+                pad_id=0,
+                seed=0,
+                batch_size=sizes.decoded,
+            )
+
+    def _score(self, module: OnPolicy) -> None:
+        """The old log-probabilities of a micro-batch."""
+        assert module.batch is not None
+        precision = self.trainer.precision_plugin
+        with precision.forward_context(), scoring(module.model):
+            module.policy.token_logp(module.batch, module.sampling.temperature, module.chunk_size)
 
 
 class _Uncached(Reference):

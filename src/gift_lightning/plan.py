@@ -16,7 +16,8 @@ from gift_lightning.branches import blocks
 from gift_lightning.cli import GiftCLI
 from gift_lightning.footprint import Footprint
 from gift_lightning.models import base_model
-from gift_lightning.sharding import data_parallel_size
+from gift_lightning.references import FrozenCopy, Reference
+from gift_lightning.sharding import data_parallel_size, units
 from gift_lightning.sizes import Setting, Sizes
 
 CARDS = (8, 16, 24, 48, 80, 141)
@@ -44,7 +45,8 @@ class Plan:
     Attributes:
         about: what is trained.
         training: bytes by part at the peak of an optimizer step.
-        rollout: bytes by part at the peak of sampling, or None where the policy does not sample.
+        rollout: bytes by part at the peak of a rollout, or None without rollouts and where an
+            engine samples from weights that need not be gathered.
         sizes: of the largest micro-batch.
         strategy: "one device", "ddp" or "fsdp2".
         devices: that the run is spread over.
@@ -112,11 +114,12 @@ def planned(footprint: Footprint, strategy: str | Strategy = "auto") -> Plan:
     """The plan of a footprint that is spread over devices by a strategy.
 
     Under DDP each device has all of it, and once more the gradients, in the buckets that are
-    exchanged. Under FSDP2 parameters, gradients, optimizer states and a FrozenCopy are divided by
-    the devices, and a unit at a time is gathered: what is outside the blocks stays, two blocks are
-    there while the next is fetched, a block's gradients until they are spread; a rollout gathers
-    all weights. Tensor parallelism divides the blocks' weights once more, and what is outside them
-    by the replicas only; the blocks' activations, which it divides too, count whole.
+    exchanged and that stay. Under FSDP2 parameters, gradients, optimizer states and a FrozenCopy
+    are divided by the devices, and a unit at a time is gathered: what is outside the blocks stays,
+    two blocks are there while the next is fetched, a block's gradients until they are spread; a
+    FrozenCopy's head stays as well. A rollout gathers all weights into a copy beside the shards,
+    for whatever engine. Tensor parallelism divides the blocks' weights once more, and what is
+    outside them by the replicas only; the blocks' activations, which it divides too, count whole.
 
     Raises:
         ValueError: the strategy is another.
@@ -124,13 +127,16 @@ def planned(footprint: Footprint, strategy: str | Strategy = "auto") -> Plan:
     devices, replicas = footprint.setting.devices, footprint.setting.replicas
     name = _strategy(strategy, devices)
     training, rollout = footprint.training(), footprint.rollout()
+    if name != "fsdp2" and not footprint.sizes.decoded:
+        rollout = None  # what samples is elsewhere, and nothing is gathered for it
     model = footprint.module.model
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     for phase in (training, rollout):
         if phase is None:
             continue
-        if name == "ddp" and not _views(strategy):
-            phase["gradients"] = phase.get("gradients", 0) + trained
+        if name == "ddp":
+            beside = 0 if _views(strategy) else phase.get("gradients", 0)
+            phase["gradients"] = trained + beside
         if name == "fsdp2":
             whole = phase["parameters"]
             sizes = [sum(p.nbytes for p in x.parameters()) for x in blocks(base_model(model))]
@@ -140,9 +146,22 @@ def planned(footprint: Footprint, strategy: str | Strategy = "auto") -> Plan:
             for part in _SHARDED:
                 phase[part] = math.ceil(phase.get(part, 0) * share / whole)
             unit = min(outside + 3 * largest * replicas // devices, whole)
-            phase["gathered"] = unit if phase is training else whole - phase["parameters"]
+            # A copy takes as it is what a device holds alone.
+            copied = (whole - outside) * (devices > 1) + outside * (replicas > 1)
+            phase["gathered"] = unit if phase is training else copied
+            phase["gathered"] += sum(map(_kept, footprint.module.references))
     about = footprint.module.about
     return Plan(about, training, rollout, footprint.sizes, name, devices)
+
+
+def _kept(reference: Reference) -> int:
+    """Bytes of a sharded reference that are gathered from its first pass on: those of its head's
+    unit, whose rows the loss reads chunk by chunk."""
+    if not isinstance(reference, FrozenCopy) or reference.device != "policy":
+        return 0
+    assert reference.policy is not None
+    apart = {p for unit in units(reference.policy) for p in unit.parameters()}
+    return sum(p.nbytes for p in reference.policy.parameters() if p not in apart)
 
 
 def _devices(said: Any) -> int:

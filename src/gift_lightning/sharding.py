@@ -10,7 +10,7 @@ from lightning.fabric.plugins.collectives.torch_collective import default_pg_tim
 from lightning.fabric.utilities.load import _METADATA_FILENAME
 from lightning.fabric.utilities.types import ReduceOp
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import checkpoint
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor.parallel import (
@@ -95,9 +95,7 @@ class FSDP2(ModelParallelStrategy):
             plan = tensor_plan(policy, self.tensor_parallel_size)
             parallelize_module(policy.base.base_model, self.device_mesh["tensor_parallel"], plan)
         mesh = self.device_mesh["data_parallel"]
-        embedding = policy.base.get_input_embeddings()
-        apart = embedding is not None and embedding.weight is not policy.head.weight
-        for unit in [*blocks(policy.base), *([embedding] if apart else [])]:
+        for unit in units(policy):
             fully_shard(unit, mesh=mesh)
         fully_shard(policy, mesh=mesh)
         for method in ("token_logp", "projected"):
@@ -167,6 +165,14 @@ class FSDP2(ModelParallelStrategy):
 
 
 StrategyRegistry.register("fsdp2", FSDP2, "FSDP2 over all devices")
+
+
+def units(policy: Policy) -> list[nn.Module]:
+    """What is gathered by itself: the blocks, and an embedding that is not the head. The rest is
+    one more unit."""
+    embedding = policy.base.get_input_embeddings()
+    apart = embedding is not None and embedding.weight is not policy.head.weight
+    return [*blocks(policy.base), *([embedding] if apart else [])]
 
 
 def data_parallel_size(devices: int, tensor_parallel_size: int) -> int:

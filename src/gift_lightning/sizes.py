@@ -54,6 +54,7 @@ class Sizes:
         decoded: completions that the policy itself samples side by side.
         group: completions of one prompt.
         together: of these, how many meet in a micro-batch.
+        scored: whether a rollout ends with the old log-probabilities of its completions.
     """
 
     lengths: tuple[int, ...] = ()
@@ -63,6 +64,7 @@ class Sizes:
     decoded: int = 0
     group: int = 1
     together: int = 1
+    scored: bool = False
 
 
 def sizes(module: PolicyModule, data: pl.LightningDataModule, setting: Setting) -> Sizes:
@@ -86,7 +88,8 @@ def sizes(module: PolicyModule, data: pl.LightningDataModule, setting: Setting) 
         prompt = _longest_prompt(module, data, completion)
         steps = -(-rollout // (size * setting.accumulate))
         together = max(1, min(group // steps, size))
-        return Sizes((), size, prompt, completion, min(own, rollout), group, together)
+        scored = steps * data.num_iterations > 1
+        return Sizes((), size, prompt, completion, min(own, rollout), group, together, scored)
     raise ValueError(
         f"gift plan knows SFTData, PromptData and HybridData with their modules, not "
         f"{type(data).__name__} with {type(module).__name__}."
