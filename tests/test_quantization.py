@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gift_lightning import quantization
 from gift_lightning.cli import main
+from gift_lightning.export import prepared
 from gift_lightning.models import Lora, causal_lm
 from gift_lightning.modes import adapter_off, sampling, scoring
 from gift_lightning.policy import Policy, supervised_labels
@@ -261,6 +262,17 @@ def test_files_that_are_not_read_in_four_bits(tmp_path):
     qlora().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="cannot read adapters: give what `gift export --merge`"):
         causal_lm(str(tmp_path), load_in_4bit=True)
+
+
+def test_adapters_that_rewrote_the_4_bit_base_fit_no_other():
+    with pytest.raises(ValueError, match=r"rewrites the base .*'olora'.* or --base dequantized"):
+        prepared(qlora(OLORA), True, None, "original")
+
+
+def test_a_start_that_needs_dense_weights():
+    lora = Lora(r=2, extra={"init_lora_weights": "pissa"})
+    with pytest.raises(ValueError, match=r"model\.lora cannot be put on this model: .*float32"):
+        qlora(lora)
 
 
 def test_a_copy_has_the_weights_that_it_is_a_copy_of():

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from gift_lightning.card import model_card
 from gift_lightning.cli import build_model
 from gift_lightning.errors import CommandParser
-from gift_lightning.models import base_model, for_export
+from gift_lightning.models import base_model, for_export, require_intact_base
 from gift_lightning.modes import has_adapters
 from gift_lightning.module import PolicyModule
 from gift_lightning.quantization import is_quantized, keep_layout, merged, unquantized
@@ -105,7 +105,10 @@ def prepared(
     if base and not (merge and is_quantized(base_model(model))):
         raise ValueError(f"--base {base} is for --merge after training on a quantised base.")
     if merge and has_adapters(model):
-        onto = unquantized(model) if base == "original" else None
+        onto = None
+        if base == "original":
+            require_intact_base(model, "--base dequantized")
+            onto = unquantized(model)
         model = merged(model, onto, wide=dtype == "float32")
     else:
         model = for_export(model)

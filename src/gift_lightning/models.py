@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,6 +27,8 @@ DType = Literal["float32", "bfloat16", "float16", "auto"]
 _EMBEDDED = "gift:"  # names of models shipped in the package
 # Other starts of LoRA move a part of the base weights into the adapters.
 _LEAVE_THE_BASE = (True, False, "gaussian", "orthogonal", "eva", "mica")
+# What transformers raises on folders that are not there, not whole, not weights, or want own code.
+_UNREADABLE = (OSError, ImportError, ValueError, RuntimeError, SafetensorError)
 _reads_weights = ContextVar("reads_weights", default=True)
 
 
@@ -49,20 +52,30 @@ class Lora:
     """Any other argument of peft.LoraConfig."""
 
     def wrap(self, model: PreTrainedModel, revision: str | None = None) -> PreTrainedModel:
-        """The model with adapters, which name their base and its revision when they are saved."""
+        """The model with adapters, which name their base and its revision when they are saved.
+
+        Raises:
+            ValueError: peft knows no such adapters, or cannot put them on this model.
+        """
         from peft import LoraConfig, get_peft_model
 
-        config = LoraConfig(
-            r=self.r,
-            lora_alpha=cast(int, self.alpha),
-            lora_dropout=self.dropout,
-            target_modules=self.target_modules,
-            use_rslora=self.use_rslora,
-            use_dora=self.use_dora,
-            task_type="CAUSAL_LM",
-            **self.extra,
-        )
-        return cast(PreTrainedModel, get_peft_model(model, config, revision=revision))
+        try:
+            config = LoraConfig(
+                r=self.r,
+                lora_alpha=cast(int, self.alpha),
+                lora_dropout=self.dropout,
+                target_modules=self.target_modules,
+                use_rslora=self.use_rslora,
+                use_dora=self.use_dora,
+                task_type="CAUSAL_LM",
+                **self.extra,
+            )
+            wrapped: Any = get_peft_model(model, config, revision=revision)
+        except (TypeError, ValueError, ImportError, KeyError) as error:
+            raise ValueError(
+                f"model.lora cannot be put on this model: {_first_line(error)}"
+            ) from error
+        return cast(PreTrainedModel, wrapped)
 
 
 def embedded_path(name: str) -> str:
@@ -139,7 +152,7 @@ def causal_lm(
             import peft  # here and not above: it takes seconds
 
             base = peft.PeftConfig.from_pretrained(str(folder))
-        load: Any = AutoModelForCausalLM.from_pretrained if _reads_weights.get() else _unloaded
+        load: Any = _loaded if _reads_weights.get() else _unloaded
         model = load(
             base.base_model_name_or_path if base else embedded_path(pretrained),
             dtype=dtype,
@@ -149,11 +162,10 @@ def causal_lm(
             trust_remote_code=False,
             **quantized,
         )
-    except (OSError, ImportError) as error:
-        first = str(error).strip().split("\n")[0]
+    except _UNREADABLE as error:
         raise ValueError(
             f"model.pretrained={pretrained!r} cannot be loaded: give a folder with config.json and "
-            f"safetensors, a hub id, or gift:countdown ({first})"
+            f"safetensors, a hub id, or gift:countdown ({_first_line(error)})"
         ) from error
     model.gguf_file = gguf_file
     if gguf_file is not None:  # plain tensors by now, which transformers would refuse to save
@@ -230,10 +242,10 @@ def load_tokenizer(pretrained: str, gguf_file: str | None = None) -> PreTrainedT
         tokenizer = AutoTokenizer.from_pretrained(
             embedded_path(pretrained), gguf_file=gguf_file, trust_remote_code=False
         )
-    except (OSError, ImportError) as error:
-        first = str(error).strip().split("\n")[0]
+    except _UNREADABLE as error:
         raise ValueError(
-            f"the tokenizer of {pretrained!r} cannot be loaded: set model.tokenizer ({first})"
+            f"the tokenizer of {pretrained!r} cannot be loaded: set model.tokenizer "
+            f"({_first_line(error)})"
         ) from error
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {pretrained!r} has no eos token: give one that has.")
@@ -275,6 +287,18 @@ def for_export(model: PreTrainedModel) -> PreTrainedModel:
     return merged(model) if has_adapters(model) and not again else model
 
 
+def _loaded(name: str, **options: Any) -> PreTrainedModel:
+    load: Any = AutoModelForCausalLM.from_pretrained
+    model, found = load(name, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    random = sorted(found["missing_keys"] | {name for name, *_ in found["mismatched_keys"]})
+    if random:
+        more = f" and {len(random) - 1} more" if random[1:] else ""
+        raise OSError(
+            f"its files have no {random[0]}{more} of the right shape, which would be random"
+        )
+    return cast(PreTrainedModel, model)
+
+
 def _unloaded(
     name: str,
     *,
@@ -288,9 +312,9 @@ def _unloaded(
     config = AutoConfig.from_pretrained(name, **source)
     if kind := getattr(config, "quantization_config", None):
         if not kind.get("load_in_4bit"):
-            raise ValueError(
-                f"the weights of {name!r} are quantised in a way that gift plan cannot count: give "
-                "it the model that they were made from."
+            raise OSError(
+                "its weights are quantised in a way that gift plan cannot count; give it the model "
+                "that they were made from"
             )
         quantization_config = kind
     own = config.dtype if dtype == "auto" else getattr(torch, dtype)
@@ -298,6 +322,10 @@ def _unloaded(
     model = cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, **options))
     model.is_quantized = quantization_config is not None  # type: ignore[assignment]
     return model
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
 
 
 def _for_training(
