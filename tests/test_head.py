@@ -1,6 +1,7 @@
 """The fused head: the dense form's numbers, at the cost and in the memory that it promises."""
 
 import math
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -355,6 +356,59 @@ def test_many_chunks_accumulate_in_float32() -> None:
     exact = wide.leaves()
     fused(OneHot(), wide, exact).sum().backward()
     torch.testing.assert_close(leaves[1].grad.double(), exact[1].grad, rtol=2**-7, atol=1e-3)
+
+
+# Logits of a large head on a CPU, which are oneDNN's.
+
+
+onednn = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN"
+)
+
+
+@onednn
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")  # of the switch itself
+def test_logits_of_a_large_head() -> None:
+    hidden, weight = torch.randn(65, 24), torch.randn(matmul._MANY, 24)
+    expected = hidden.double() @ weight.double().t()
+    assert matmul._by_onednn(hidden, weight)
+    for n in (0, 1, 65):
+        found = matmul.matmul_nt(hidden[:n], weight, None)
+        torch.testing.assert_close(found.double(), expected[:n], rtol=1e-5, atol=1e-5)
+    assert matmul.matmul_nt(hidden, weight.requires_grad_(), None).requires_grad
+    with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False):
+        assert not matmul._by_onednn(hidden, weight)
+    for other in (weight[1:], weight.double(), weight.bfloat16()):
+        assert not matmul._by_onednn(hidden.to(other.dtype), other.detach())
+
+
+@onednn
+@some_targets
+def test_a_large_head_gives_the_same(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matmul, "_MANY", 1)
+    test_equals_the_dense_form(target, torch.float32, 1e-5, 0.7, 5.0)
+
+
+@onednn
+@pytest.mark.parametrize("target", [OneHot(), GIFT(3.0), GIFTExact(3.0), IWSFT()], ids=repr)
+def test_logits_are_gone_before_the_next(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are made anew for each chunk."""
+    monkeypatch.setattr(matmul, "_MANY", 1)
+    made: dict[int, list[weakref.ref]] = {}
+    original = head.matmul_nt
+
+    def call(hidden: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
+        before = made.setdefault(weight.shape[1], [])
+        assert all(x() is None for x in before)
+        result = original(hidden, weight, out)
+        assert out is None or result.data_ptr() != out.data_ptr()
+        before.append(weakref.ref(result))
+        return result
+
+    monkeypatch.setattr(head, "matmul_nt", call)
+    x = make_inputs(torch.float32)
+    fused(target, x, x.leaves())
+    assert len(made[11]) >= 3
 
 
 # Who pays for what.

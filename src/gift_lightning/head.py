@@ -52,7 +52,7 @@ class Head:
         return replace(self, weight=self.weight.detach(), bias=bias)
 
     def project(self, hidden: Float[Tensor, "n d"], out: Tensor | None = None) -> Tensor:
-        """[n, v] logits in float32 or better, written to `out` where given."""
+        """[n, v] logits in float32 or better, which may be written to `out`."""
         logits = matmul_nt(hidden, self.weight, out)
         if self.bias is not None:
             logits += self.bias
@@ -256,6 +256,10 @@ class _Pass:
     d_weight: Tensor | None = None
     d_bias: Tensor | None = None
 
+    @property
+    def wants_gradient(self) -> bool:
+        return any(x is not None for x in (self.d_hidden, self.d_weight, self.d_bias))
+
 
 class _Buffers:
     """Memory for the logits and probabilities of one chunk, used again by the next."""
@@ -287,31 +291,44 @@ def _run(hidden: Tensor, job: _Job, needs: tuple[bool, bool, bool]) -> _Pass:
     if needs[2]:
         out.d_bias = torch.zeros(head.weight.shape[0], dtype=wide, device=hidden.device)
     for rows in chunks(n, job.chunk_size):
-        h, y = hidden[rows], job.labels[rows]
-        logits = head.project(h, buffers.get("logits", len(y)))
-        t = Tokens(
-            logits,
-            y,
-            reference=_reference(job, rows, known, buffers),
-            old_logp=None if job.old_logp is None else job.old_logp[rows].to(wide),
-            ahead=None if ahead is None else ahead[rows],
-            buffer=buffers.get("p", len(y)),
-            complete=head.absent is None,
-        )
-        result = evaluate(job.target, t, gradient=any(needs), diagnose=job.diagnose)
-        for name, kept in out.stats.items():
-            kept[rows] = getattr(result, name)
-        if result.gradient is not None:
-            g = head.backproject(logits, result.gradient)
-            if job.token_weight is not None:
-                g.mul_(job.token_weight[rows].to(wide)[:, None])
-            if out.d_hidden is not None:
-                out.d_hidden[rows] = matmul_nn(g, head.weight, h.dtype)
-            if out.d_weight is not None:
-                add_matmul_tn(out.d_weight, g, h)
-            if out.d_bias is not None:
-                out.d_bias += g.sum(0)
+        _add(out, rows, hidden[rows], job, known, None if ahead is None else ahead[rows], buffers)
     return out
+
+
+def _add(
+    out: _Pass,
+    rows: slice,
+    h: Tensor,
+    job: _Job,
+    known: Tensor | None,
+    ahead: Tensor | None,
+    buffers: _Buffers,
+) -> None:
+    """One chunk's part of the results. Its logits are gone before the next chunk's are made."""
+    head, y, wide = job.head, job.labels[rows], buffers.dtype
+    logits = head.project(h, buffers.get("logits", len(y)))
+    t = Tokens(
+        logits,
+        y,
+        reference=_reference(job, rows, known, buffers),
+        old_logp=None if job.old_logp is None else job.old_logp[rows].to(wide),
+        ahead=ahead,
+        buffer=buffers.get("p", len(y)),
+        complete=head.absent is None,
+    )
+    result = evaluate(job.target, t, gradient=out.wants_gradient, diagnose=job.diagnose)
+    for name, kept in out.stats.items():
+        kept[rows] = getattr(result, name)
+    if result.gradient is not None:
+        g = head.backproject(logits, result.gradient)
+        if job.token_weight is not None:
+            g.mul_(job.token_weight[rows].to(wide)[:, None])
+        if out.d_hidden is not None:
+            out.d_hidden[rows] = matmul_nn(g, head.weight, h.dtype)
+        if out.d_weight is not None:
+            add_matmul_tn(out.d_weight, g, h)
+        if out.d_bias is not None:
+            out.d_bias += g.sum(0)
 
 
 def _reference(
@@ -353,6 +370,7 @@ def _look_ahead(hidden: Tensor, job: _Job, buffers: _Buffers) -> Tensor | None:
         if student is not None:
             z = job.head.project(hidden[rows], buffers.get("logits", len(y)))
             student[rows] = Distribution(z, y, buffer=buffers.get("p", len(y))).logp_y
+            del z  # before the next chunk's
         if reference is not None:
             base = _reference(job, rows, known, buffers)
             assert base is not None

@@ -6,8 +6,10 @@ from contextvars import ContextVar
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 _VOCABULARY_BLOCK = 8192  # rows of a half-precision head that are widened at a time
+_MANY = 2**14  # classes from which on oneDNN makes logits faster than MKL
 _all_chunks = ContextVar("all_chunks", default=True)
 
 
@@ -52,14 +54,34 @@ def _blocks(weight: Tensor) -> Iterator[slice]:
     return _slices(range(0, len(weight), _VOCABULARY_BLOCK), _VOCABULARY_BLOCK, len(weight))
 
 
+def _by_onednn(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN makes the logits. A CPU's float32 products are MKL's otherwise, which takes up
+    to twice as long for those of a large head (BENCHMARKS.md), for those of a small one less."""
+    library, is_cpu = torch.backends.mkldnn, hidden.device.type == "cpu"
+    return (
+        is_cpu
+        and len(weight) >= _MANY
+        and len(hidden) > 0
+        and hidden.dtype == weight.dtype == torch.float32
+        and {type(hidden), type(weight)} <= {Tensor, Parameter}  # and none without data
+        and not (torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad))
+        and library.is_available()
+        and bool(library.enabled)
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
 def matmul_nt(hidden: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
-    """hidden @ weight.T in float32 or better, however narrow the inputs."""
+    """hidden @ weight.T in float32 or better, however narrow the inputs; `out` may hold it."""
     wide = math_dtype(hidden)
     if _fused_half(hidden, weight):
         return torch.mm(hidden, weight.t(), out_dtype=wide)
     hidden = hidden.to(wide)
     if out is not None and out.dtype != wide:  # a float32 reference of a float64 student
         return out.copy_(matmul_nt(hidden, weight, None))
+    if _by_onednn(hidden, weight):
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(hidden, weight, None, "none", [], "")
+        return product
     if weight.dtype == wide:
         return torch.mm(hidden, weight.t(), out=out)
     if out is None:
