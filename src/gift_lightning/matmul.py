@@ -55,8 +55,8 @@ def _blocks(weight: Tensor) -> Iterator[slice]:
 
 
 def _by_onednn(hidden: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN makes the logits. A CPU's float32 products are MKL's otherwise, which takes up
-    to twice as long for those of a large head (BENCHMARKS.md), for those of a small one less."""
+    """Whether oneDNN makes the logits. A CPU's float32 products are MKL's otherwise, which is the
+    slower for those of a large head (BENCHMARKS.md), and the faster for those of a small one."""
     library, is_cpu = torch.backends.mkldnn, hidden.device.type == "cpu"
     return (
         is_cpu
