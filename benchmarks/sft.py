@@ -185,7 +185,8 @@ def trl(options: argparse.Namespace) -> dict[str, float]:
 def products(options: argparse.Namespace) -> dict[str, float]:
     """Milliseconds of what a step multiplies for one chunk of tokens, and of one forward again.
 
-    The logits, and the gradients of hidden states and weights, have equally many operations.
+    The logits, as the head makes them and by torch's own product, and the gradients of hidden
+    states and weights have equally many operations.
     """
     import torch
 

@@ -304,7 +304,8 @@ def _add(
     ahead: Tensor | None,
     buffers: _Buffers,
 ) -> None:
-    """One chunk's part of the results. Its logits are gone before the next chunk's are made."""
+    """One chunk's part of the results. Its logits are gone before the next chunk's are made, which
+    may be in new memory (the buffer is then never touched)."""
     head, y, wide = job.head, job.labels[rows], buffers.dtype
     logits = head.project(h, buffers.get("logits", len(y)))
     t = Tokens(

@@ -290,7 +290,7 @@ def for_export(model: PreTrainedModel) -> PreTrainedModel:
 def _loaded(name: str, **options: Any) -> PreTrainedModel:
     load: Any = AutoModelForCausalLM.from_pretrained
     model, found = load(name, output_loading_info=True, ignore_mismatched_sizes=True, **options)
-    random = sorted(found["missing_keys"] | {name for name, *_ in found["mismatched_keys"]})
+    random = sorted(found["missing_keys"] | {key for key, *_ in found["mismatched_keys"]})
     if random:
         more = f" and {len(random) - 1} more" if random[1:] else ""
         raise OSError(
